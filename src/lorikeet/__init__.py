@@ -1,0 +1,6 @@
+"""Lorikeet: teach a small language model on your own conversations, prove that it got better, talk with it.
+
+Data flows one way: data -> tune -> export -> prove -> serve. Each stage reads a folder and writes a folder.
+"""
+
+__version__ = "0.1.0"

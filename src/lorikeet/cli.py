@@ -1,0 +1,301 @@
+"""The command line: one thin function per verb, each importing its stage inside so that `--help` stays light.
+
+Data goes to stdout, logs and progress to stderr. Exit codes: 0 done, 1 a verdict that says no, 2 the user's input,
+3 the machine.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Toml
+
+from lorikeet.config import (
+    PACKAGED_MODEL,
+    SYSTEM_PROMPT,
+    ExportConfig,
+    ProveConfig,
+    ServeConfig,
+    TuneConfig,
+)
+from lorikeet.errors import InputError, LorikeetError
+
+app = App(
+    name="lorikeet",
+    help="Teach a small language model on your own conversations, prove that it got better, talk with it.",
+    help_on_error=False,
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative=())]
+
+
+@app.command
+def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 5.0, serve: bool = True) -> int:
+    """Run the whole loop on the packaged model and data: tune, export, prove, serve. No hub is needed.
+
+    Parameters
+    ----------
+    out
+        The run folder; a number is added if it is there already.
+    minutes
+        Bound of the tuning time.
+    serve
+        Serve the tuned model at the end, until Ctrl-C.
+    """
+    from lorikeet.quickstart import run_quickstart
+
+    root = run_quickstart(out, minutes=minutes)
+    if serve:
+        _serve_run(root, ServeConfig())
+    return 0
+
+
+@app.command
+def tune(config: TuneConfig | None = None, *, out: Path | None = None, resume: Path | None = None) -> int:
+    """Tune a base model with LoRA on conversations.
+
+    Parameters
+    ----------
+    out
+        The run folder to make; by default runs/MODEL-DATA.
+    resume
+        A run folder to go on with, instead of starting one; its own settings are used.
+    """
+    from lorikeet.tune import loop
+
+    if resume is not None:
+        if config is not None or out is not None:
+            raise InputError("--resume takes the run's own settings; give no others with it")
+        run = loop.resume(resume)
+    else:
+        config = config or TuneConfig()
+        run = loop.tune(config, out=out or _default_out(config))
+    _say(f"next: lorikeet export {run.root}")
+    return 0
+
+
+@app.command
+def export(run: Path, config: ExportConfig | None = None) -> int:
+    """Write a run's artefacts: adapter, merged 16-bit weights, GGUF.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    """
+    from lorikeet.export.stage import export as export_run
+
+    export_run(run, config or ExportConfig())
+    _say(f"next: lorikeet prove {run}")
+    return 0
+
+
+@app.command
+def prove(run: Path, config: ProveConfig | None = None, *, json: Json = False) -> int:
+    """Compare base and tuned model on held-out conversations; exits 1 if the verdict is no.
+
+    Parameters
+    ----------
+    run
+        The run folder, exported.
+    json
+        Print the proof as one JSON document.
+    """
+    from lorikeet.prove.stage import prove as prove_run
+
+    proof = prove_run(run, config or ProveConfig())
+    if json:
+        print(json_module.dumps(proof, indent=2))
+    else:
+        print(_verdict_line(proof))
+        for check in proof["checks"]:
+            print(f"  {'passed' if check['pass'] else 'FAILED'}  {check['name']}: {check['value']} ({check['limit']})")
+        print(f"report: {run / 'reports' / 'proof.html'}")
+    return 0 if proof["verdict"] == "ship" else 1
+
+
+@app.command
+def chat(target: str, *, system: str | None = None, max_tokens: int = 512, temperature: float = 0.3) -> int:
+    """Talk with a run, a GGUF file, a model or a server, in the terminal.
+
+    Parameters
+    ----------
+    target
+        A run folder, a GGUF file, a packaged name, or the URL of an OpenAI-compatible server.
+    system
+        The system turn; by default the run's own.
+    max_tokens
+        Longest answer.
+    temperature
+        Sampling temperature; 0 is greedy.
+    """
+    from lorikeet.chat import chat as talk
+
+    engine, default_system, _ = _open(target, ServeConfig())
+    with engine:
+        talk(
+            engine,
+            system_prompt=default_system if system is None else system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+        )
+    return 0
+
+
+@app.command
+def serve(target: str, config: ServeConfig | None = None) -> int:
+    """Serve the assistant: the page at /, an OpenAI-compatible API beside it.
+
+    Parameters
+    ----------
+    target
+        A run folder, a GGUF file, a packaged name, or the URL of an OpenAI-compatible server.
+    """
+    _serve(target, config or ServeConfig())
+    return 0
+
+
+@app.command
+def weights(*, json: Json = False) -> int:
+    """List what is packaged: names, where each comes from, its licence, and whether it is here.
+
+    Parameters
+    ----------
+    json
+        Print one JSON document.
+    """
+    from lorikeet.weights import cache_folder, inventory
+
+    rows = inventory()
+    if json:
+        print(json_module.dumps({"cache": str(cache_folder()), "packaged": rows}, indent=2))
+        return 0
+    for row in rows:
+        state = "here" if row["here"] else f"fetched on first use, {row['bytes'] / 1e6:.0f} MB"
+        print(f"{row['name']:22} {row['what']:68} {row['licence']:11} {row['from']:28} {state}")
+    print(f"cache: {cache_folder()}")
+    return 0
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; an error that a person can mend is one line on stderr."""
+    try:
+        app.config, rest = _recipe(arguments)
+        return int(app(rest, exit_on_error=False, print_error=False) or 0)
+    except CycloptsError as error:
+        return _fail(" ".join(str(error).split()), "see: lorikeet --help", code=InputError.exit_code)
+    except LorikeetError as error:
+        return _fail(str(error), code=error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("out of memory; close other programs, or lower batch_size and max_length", code=3)
+
+
+def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:
+    """Return the recipe that `--config FILE` names, as cyclopts takes it, and the other arguments."""
+    if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):
+        return [], arguments
+    place = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--config")
+    name, given, value = arguments[place].partition("=")
+    if not given and place + 1 == len(arguments):
+        raise InputError("--config names no file; give a recipe such as recipes/quickstart.toml")
+    path = Path(value if given else arguments[place + 1])
+    if not path.is_file():
+        raise InputError(f"--config {path} is not there; the recipes are in the folder recipes/")
+    import tomllib
+
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is no TOML file: {error}") from error
+    rest = arguments[:place] + arguments[place + (1 if given else 2) :]
+    return [Toml(path, must_exist=True, use_commands_as_keys=True)], rest
+
+
+def _default_out(config: TuneConfig) -> Path:
+    def short(name: str) -> str:
+        return Path(name.partition("@")[0]).name.partition(".json")[0]
+
+    return Path("runs") / f"{short(config.model)}-{short(config.data)}"
+
+
+def _open(target: str, config: ServeConfig) -> tuple[Any, str, str]:
+    """Return the engine for a target, its system prompt and its name."""
+    from lorikeet.engine import HttpEngine, LlamaEngine
+
+    source, system, name = resolve_target(target, config)
+    if isinstance(source, str):
+        engine: Any = HttpEngine.connect(source, api_key=os.environ.get("OPENAI_API_KEY", ""))
+        return engine, system, engine.name
+    return LlamaEngine(source, name=name, context_tokens=config.context_tokens), system, name
+
+
+def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, str]:
+    """Return what a TARGET means: its GGUF file or URL, its system prompt and the name it is served under.
+
+    Raises InputError if it is none of a run folder, a GGUF file, a packaged model and a URL.
+    """
+    from lorikeet.run import RunFolder
+    from lorikeet.weights import PACKAGES, packaged_gguf
+
+    if target.startswith(("http://", "https://")):
+        return target, SYSTEM_PROMPT, target
+    path = Path(target).expanduser()
+    if (path / "run.json").is_file():
+        run = RunFolder.open(path)
+        artefact = f"gguf/model-{config.quant}.gguf"
+        gguf = run.require(artefact, command="lorikeet export")
+        run.verify(artefact)
+        return gguf, str(run.manifest().get("system_prompt", "")), path.resolve().name
+    if path.is_file():
+        return path, SYSTEM_PROMPT, path.stem
+    if target in PACKAGES and any(file.endswith(".gguf") for file in PACKAGES[target].files):
+        return packaged_gguf(target), SYSTEM_PROMPT, target
+    if path.is_dir():
+        raise InputError(f"{target} is a folder but not a run (no run.json); name a run, a GGUF file, {PACKAGED_MODEL} or a URL")
+    raise InputError(f"{target} is not there; name a run folder, a GGUF file, {PACKAGED_MODEL} or a URL")
+
+
+def _serve(target: str, config: ServeConfig) -> None:
+    from lorikeet.serve.launch import serve as serve_target
+
+    source, system, name = resolve_target(target, config)
+    serve_target(source, config, system_prompt=system, model_name=name)
+
+
+def _serve_run(root: Path, config: ServeConfig) -> None:
+    _serve(str(root), config)
+
+
+def _verdict_line(proof: dict[str, Any]) -> str:
+    heldout = proof["heldout"]
+    low, high = heldout["ci95"]
+    return (
+        f"{proof['verdict']}: held-out loss {heldout['base_loss']:.3f} -> {heldout['tuned_loss']:.3f} "
+        f"({heldout['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {heldout['n']} conversations)"
+    )
+
+
+def _fail(*parts: str, code: int) -> int:
+    print("lorikeet: " + "; ".join(part.strip().rstrip(".") for part in parts if part.strip()), file=sys.stderr)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+

@@ -1,0 +1,142 @@
+"""One frozen dataclass per stage: the only home of defaults.
+
+Values come from here, then a recipe's table of the stage's name (`[tune]`), then flags; `cli` derives both from
+these fields. The resolved values are written to `run.json` before work starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+SYSTEM_PROMPT = (
+    "You are Lorikeet, a voice assistant. Answer in one to three short spoken sentences, without lists or symbols. "
+    "When search results are given, answer only from them and name the source."
+)
+"""What leads every conversation of `spoken`, and what is served where a run says nothing else."""
+
+DEFAULT_MODEL = "unsloth/Llama-3.2-1B-Instruct"
+DEFAULT_DATA = "mlabonne/FineTome-100k"
+PACKAGED_MODEL = "smollm2-135m-instruct"
+PACKAGED_DATA = "spoken"
+
+Quant = Literal["f16", "q8_0"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """LoRA tuning. The defaults are the recipe of `recipes/llama-3.2-1b-finetome.toml`."""
+
+    model: str = DEFAULT_MODEL
+    """Base model: a packaged name, a hub id (`owner/name` or `owner/name@revision`) or a folder."""
+    data: str = DEFAULT_DATA
+    """Conversations: `spoken`, a hub id, or a JSON, JSONL, Parquet or CSV file."""
+    system_prompt: str = ""
+    """System turn for conversations without one; '' for none (those of `spoken` have their own)."""
+    max_length: int = 2048
+    """Longest conversation in tokens."""
+    on_long: Literal["error", "truncate", "drop"] = "truncate"
+    """What happens to conversations that are longer."""
+    validation_share: float = 0.05
+    """Share of the conversations kept for validation (at least 8, at most 200)."""
+    heldout_share: float = 0.1
+    """Share of the conversations that tuning never sees, for `prove` (at least 8, at most 200)."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 for no bound."""
+    max_minutes: float = 0.0
+    """Stop tuning after this time; the schedule is fitted to it. 0 for no bound."""
+    batch_size: int = 4
+    """Conversations in a micro-batch."""
+    gradient_accumulation_steps: int = 2
+    """Micro-batches in a step, weighed by supervised tokens."""
+    warmup_ratio: float = 0.01
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled to at most this norm."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 16
+    """The adapter's output is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_steps: int = 50
+    """Validate every so many steps."""
+    save_steps: int = 50
+    """Write a checkpoint every so many steps."""
+    save_total_limit: int = 2
+    """How many of the newest checkpoints stay (the best one stays besides)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto is bfloat16 where the processor has it natively, else float32."""
+    seed: int = 3407
+    """Seed of the split, the order, the adapter's start and dropout."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `export` writes."""
+
+    formats: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], Parameter(consume_multiple=True)] = (
+        "adapter",
+        "merged",
+        "gguf",
+    )
+    """Artefacts, separated by commas: the adapter is always there, merged is 16-bit safetensors."""
+    quant: Annotated[tuple[Quant, ...], Parameter(consume_multiple=True)] = ("f16", "q8_0")
+    """GGUF types, separated by commas."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProveConfig:
+    """How base and tuned model are compared."""
+
+    quant: Quant = "q8_0"
+    """The GGUF type that is compared and then served."""
+    answers: int = 12
+    """Held-out questions answered by both models, side by side."""
+    max_answer_tokens: int = 160
+    """Longest answer."""
+    resamples: int = 10_000
+    """Resamples of the paired bootstrap."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The assistant, its page and its API."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; another than loopback needs --api-key."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+    api_key: str | None = None
+    """Key that every route but /health asks for."""
+    quant: Quant = "q8_0"
+    """Which GGUF of the run to serve."""
+    search: str = "ddg"
+    """Where search results come from: ddg, or off."""
+    ears: str = "whisper-tiny.en"
+    """Speech to text: a packaged name, a faster-whisper size or folder, or off."""
+    voice: str = "hibari"
+    """Text to speech: hibari, or off."""
+    context_tokens: int = 4096
+    """Longest conversation, prompt and answer together."""
+    max_answer_tokens: int = 512
+    """Longest answer unless the request says less."""
+    temperature: float = 0.3
+    """Sampling temperature unless the request says otherwise."""

@@ -1,0 +1,1 @@
+"""Conversations: `load` (files and formats), `clean` (dedupe, split). The packaged data lies in `spoken/`."""

@@ -1,0 +1,99 @@
+"""Conversations -> distinct conversations -> train, validation and held-out: dedupe first, then split.
+
+It knows texts, not tokens. The split depends on the seed and on each conversation's words alone, so adding rows does
+not move the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorikeet.errors import InputError
+from lorikeet.messages import Conversation
+
+LEAST_PART = 8
+MOST_PART = 200
+LEAST_CONVERSATIONS = 3 * LEAST_PART
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Distinct conversations, each in one part."""
+
+    train: list[Conversation]
+    validation: list[Conversation]
+    heldout: list[Conversation]
+
+
+def fingerprint(conversation: Conversation) -> str:
+    """Return a key that is equal for conversations equal but for case and white space, in hex."""
+    text = "\x1e".join(f"{m.role}\x1f{' '.join(m.content.casefold().split())}" for m in conversation.messages)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def deduplicate(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Return the conversations without repetitions, the first of each kept, in their order."""
+    distinct: dict[str, Conversation] = {}
+    for conversation in conversations:
+        distinct.setdefault(fingerprint(conversation), conversation)
+    return list(distinct.values())
+
+
+def split(
+    conversations: Sequence[Conversation], *, validation_share: float, heldout_share: float, seed: int
+) -> Split:
+    """Return distinct `conversations` in three parts; each share is at least 8 and at most 200 conversations.
+
+    Conversations that open with the same question go to the same part, so none is tested on a question it was
+    trained on. Raises InputError if there are too few.
+    """
+    if len(conversations) < LEAST_CONVERSATIONS:
+        raise InputError(
+            f"the data has {len(conversations)} distinct conversations; at least {LEAST_CONVERSATIONS} are needed "
+            "to tune, to validate and to prove"
+        )
+    keyed = sorted(conversations, key=lambda c: (_draw(_question(c), seed), fingerprint(c)))
+    heldout_size = _part(heldout_share, len(keyed))
+    validation_size = _part(validation_share, len(keyed))
+    first = _to_boundary(keyed, heldout_size)
+    second = _to_boundary(keyed, first + validation_size)
+    if second >= len(keyed):
+        raise InputError("nearly all conversations open with the same question, so none can be held out; give varied data")
+    return Split(keyed[second:], keyed[first:second], keyed[:first])
+
+
+def _part(share: float, total: int) -> int:
+    return min(max(LEAST_PART, round(share * total)), MOST_PART, total // 3)
+
+
+def _question(conversation: Conversation) -> str:
+    for message in conversation.messages:
+        if message.role == "user":
+            return " ".join(message.content.casefold().split())
+    return fingerprint(conversation)
+
+
+def _draw(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\x1e{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _to_boundary(ordered: Sequence[Conversation], place: int) -> int:
+    """Return the first place at or after `place` where the question changes."""
+    while 0 < place < len(ordered) and _question(ordered[place]) == _question(ordered[place - 1]):
+        place += 1
+    return place
+
+
+def common_system(conversations: Sequence[Conversation]) -> str:
+    """Return the system turn that more than half of the conversations have; '' if there is none.
+
+    It is what an assistant tuned on them is given when it is served.
+    """
+    led = [c.messages[0].content for c in conversations if c.messages[0].role == "system"]
+    for text, count in Counter(led).most_common(1):
+        if 2 * count > len(conversations):
+            return text
+    return ""

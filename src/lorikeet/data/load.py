@@ -1,0 +1,322 @@
+"""Files -> conversations: `messages`, ShareGPT and Alpaca rows in JSON, JSONL, Parquet or CSV, told apart by themselves.
+
+    loaded = load_conversations("spoken")
+    loaded = load_conversations("mine.jsonl")      # loaded.conversations, loaded.broken, loaded.layout
+
+A broken row is named by file and line; the rest goes on while under 1 % is broken. It does not know tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lorikeet.config import PACKAGED_DATA, SYSTEM_PROMPT
+from lorikeet.errors import InputError, MissingExtraError
+from lorikeet.grounding import ground_conversation
+from lorikeet.messages import Conversation, Message, Role, Source
+from lorikeet.weights import DATA_PATTERNS, resolve_data
+
+BROKEN_SHARE = 0.01
+"""More broken rows than this share stop the loading."""
+
+MAX_ROW_BYTES = 8 << 20
+"""A longer line or CSV field is broken: no conversation is eight megabytes."""
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+}
+"""Role names in the wild -> ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A row that could not be read."""
+
+    where: str
+    """`file:line`, or `file:row n` where the format has no lines."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a file or dataset held."""
+
+    conversations: list[Conversation]
+    layout: str
+    """`messages`, `sharegpt`, `alpaca`, or several joined by `+`."""
+    files: list[Path]
+    broken: list[Broken] = field(default_factory=list)
+
+
+class _RowError(ValueError):
+    """Why a row is broken."""
+
+
+def load_conversations(name: str) -> Loaded:
+    """Return the conversations of `spoken`, a path or a hub dataset; sources are rendered into the user's turns.
+
+    Raises InputError for data that is missing, empty, of no known layout, or more than 1 % broken.
+    """
+    files = _files(name)
+    conversations: list[Conversation] = []
+    broken: list[Broken] = []
+    layouts: dict[str, None] = {}
+    for file in files:
+        for where, row in _rows(file):
+            try:
+                if isinstance(row, _RowError):
+                    raise row
+                layout, conversation = _conversation(row, where)
+            except _RowError as error:
+                broken.append(Broken(where, str(error)))
+            else:
+                layouts[layout] = None
+                conversations.append(ground_conversation(conversation))
+    if name == PACKAGED_DATA:
+        conversations = [conversation.with_system(SYSTEM_PROMPT) for conversation in conversations]
+    _check(name, conversations, broken)
+    return Loaded(conversations, "+".join(layouts), files, broken)
+
+
+def _check(name: str, conversations: list[Conversation], broken: list[Broken]) -> None:
+    total = len(conversations) + len(broken)
+    if not total:
+        raise InputError(f"{name} holds no rows; give at least 40 conversations, or use the packaged data: {PACKAGED_DATA}")
+    if not conversations or len(broken) > BROKEN_SHARE * total:
+        first = broken[0]
+        raise InputError(
+            f"{first.where}: {first.why} ({len(broken)} of {total} rows are broken, more than 1 %); "
+            "mend them: a row holds messages, conversations (ShareGPT) or instruction and output (Alpaca)"
+        )
+
+
+def _files(name: str) -> list[Path]:
+    if name == PACKAGED_DATA:
+        folder = Path(str(resources.files("lorikeet.data") / "spoken"))
+        return sorted(folder.glob("*.jsonl"))
+    path = resolve_data(name)
+    if path.is_file():
+        return [path]
+    files = sorted(file for pattern in DATA_PATTERNS for file in path.rglob(pattern) if _is_data(file))
+    train = [file for file in files if "train" in file.name.lower()]
+    if not files:
+        raise InputError(f"{name} holds no JSON, JSONL, Parquet or CSV file; name a file of conversations")
+    return train or files
+
+
+def _is_data(file: Path) -> bool:
+    return file.name not in {"dataset_infos.json", "dataset_info.json", "state.json"} and not file.name.startswith(".")
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield `(where, row)`; a row that could not even be parsed comes as a `_RowError`."""
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(file)
+        elif suffix == ".csv":
+            yield from _csv_rows(file)
+        elif suffix in {".json", ".jsonl", ".ndjson"}:
+            yield from _json_rows(file)
+        else:
+            raise InputError(f"{file}: {suffix or 'no'} ending is not one that can be read; give .json, .jsonl, .parquet or .csv")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a JSON array, an object with one list in it, or JSON lines: told by the first character."""
+    with file.open("rb") as raw:
+        head = raw.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"["):
+        yield from _array_rows(file)
+    elif file.suffix.lower() == ".json" and not _first_line_is_whole(file):
+        yield from _array_rows(file)
+    else:
+        yield from _line_rows(file)
+
+
+def _first_line_is_whole(file: Path) -> bool:
+    with file.open("rb") as raw:
+        first = raw.readline(MAX_ROW_BYTES)
+        more = raw.read(1)
+    try:
+        _parse(first)
+    except _RowError:
+        return False
+    return bool(more)
+
+
+def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        document = _parse(file.read_bytes())
+    except _RowError as error:
+        raise InputError(f"{file}: {error}; save it as a JSON array or as JSON lines (.jsonl)") from error
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        keyed = {"messages", "conversations"} & set(document)
+        document = [document] if keyed or len(lists) != 1 else lists[0]
+    if not isinstance(document, list):
+        raise InputError(f"{file}: holds a single {type(document).__name__}, not rows; give an array of conversations")
+    for number, row in enumerate(document, start=1):
+        yield f"{file}:row {number}", row
+
+
+def _line_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as raw:
+        number = 0
+        while line := raw.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            where = f"{file}:{number}"
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = raw.readline(MAX_ROW_BYTES)
+                yield where, _RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
+            elif line.strip(b"\xef\xbb\xbf \t\r\n"):
+                try:
+                    yield where, _parse(line)
+                except _RowError as error:
+                    yield where, error
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=str)
+    except UnicodeDecodeError as error:
+        raise _RowError(f"is not UTF-8 text (byte {error.start})") from error
+    except RecursionError as error:
+        raise _RowError("is nested too deeply") from error
+    except ValueError as error:
+        raise _RowError(f"is not JSON ({error})") from error
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as text:
+        reader = csv.DictReader(text)
+        try:
+            for row in reader:
+                yield f"{file}:{reader.line_num}", {key: _cell(value) for key, value in row.items() if key is not None}
+        except csv.Error as error:
+            yield f"{file}:{reader.line_num}", _RowError(f"is not CSV ({error})")
+
+
+def _cell(value: Any) -> Any:
+    """Return a CSV cell: a list of turns is written there as JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "tune") from error
+    try:
+        table = parquet.ParquetFile(file)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}:row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not a whole Parquet file ({str(error).splitlines()[0]}); write it again") from error
+
+
+def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
+    """Return the layout and the conversation of a row. Raises _RowError saying why there is none."""
+    if not isinstance(row, dict):
+        raise _RowError(f"is a {type(row).__name__}, not an object")
+    for layout, key in (("messages", "messages"), ("sharegpt", "conversations"), ("sharegpt", "conversation")):
+        if isinstance(row.get(key), list):
+            messages = _turns(row[key])
+            system = row.get("system")
+            if isinstance(system, str) and system.strip() and messages[0].role != "system":
+                messages.insert(0, Message("system", system))
+            if layout == "messages" and "from" in row[key][0]:
+                layout = "sharegpt"
+            return layout, _checked(messages, where, row)
+    if "instruction" in row and "output" in row:
+        return "alpaca", _checked(_alpaca(row), where, row)
+    raise _RowError(f"has none of messages, conversations, instruction+output (it has: {', '.join(map(str, row)) or 'nothing'})")
+
+
+def _turns(turns: list[Any]) -> list[Message]:
+    if not turns:
+        raise _RowError("has no turns")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise _RowError(f"turn {number} is a {type(turn).__name__}, not an object")
+        name = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(name, str) or name.lower() not in ROLES:
+            raise _RowError(f"turn {number} has the role {name!r}; known are system, user and assistant")
+        messages.append(Message(ROLES[name.lower()], _text(content, number), _sources(turn.get("sources"), number)))
+    return messages
+
+
+def _text(content: Any, number: int) -> str:
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise _RowError(f"turn {number} has {'no content' if content is None else 'content that is not text'}")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise _RowError(f"turn {number} is not UTF-8 text") from error
+    if "\0" in content:
+        raise _RowError(f"turn {number} contains a null byte")
+    return content
+
+
+def _sources(sources: Any, number: int) -> tuple[Source, ...]:
+    if sources is None:
+        return ()
+    try:
+        return tuple(Source(str(s["title"]), str(s["url"]), str(s["snippet"])) for s in sources)
+    except (TypeError, KeyError) as error:
+        raise _RowError(f"turn {number} has sources without title, url and snippet") from error
+
+
+def _alpaca(row: dict[str, Any]) -> list[Message]:
+    texts = {key: _text(row.get(key) or "", 1) for key in ("system", "instruction", "input")}
+    question = "\n\n".join(part for part in (texts["instruction"], texts["input"]) if part.strip())
+    messages = [Message("user", question), Message("assistant", _text(row["output"], 2))]
+    return [Message("system", texts["system"]), *messages] if texts["system"].strip() else messages
+
+
+def _checked(messages: list[Message], where: str, row: dict[str, Any]) -> Conversation:
+    """Return the conversation up to its last answer. Raises _RowError if it cannot be trained on."""
+    while messages and messages[-1].role != "assistant":
+        messages.pop()
+    if not messages:
+        raise _RowError("has no assistant turn to learn from")
+    for number, message in enumerate(messages, start=1):
+        if not message.content.strip() and message.role != "system":
+            raise _RowError(f"turn {number} ({message.role}) is empty")
+        if message.role == "system" and number > 1:
+            raise _RowError(f"turn {number} is a system turn, which may only come first")
+    if all(message.role != "user" for message in messages):
+        raise _RowError("has no user turn")
+    return Conversation(tuple(m for m in messages if m.content.strip()), str(row.get("id") or where))

@@ -1,0 +1,331 @@
+"""The engine that answers: one protocol, llama.cpp as a supervised child process, and any OpenAI-compatible server.
+
+    with LlamaEngine(gguf) as engine:
+        for delta in engine.stream([Message("user", "Hello")]):
+            print(delta.text, end="")
+
+llama.cpp runs in a child, so a native abort cannot take page and voice along; it listens on a free loopback port
+behind a random key, and both kinds of engine are reached by the same HTTP client. It knows nothing of runs or pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from lorikeet.errors import EngineError, MissingExtraError, RequestError
+from lorikeet.gguf_header import read_header
+from lorikeet.messages import Delta, Message, Usage
+from lorikeet.prompt import defuse
+
+START_TIMEOUT_S = 120.0
+READ_TIMEOUT_S = 600.0
+
+
+class Engine(Protocol):
+    """What answers a conversation."""
+
+    name: str
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int = 512,
+        temperature: float = 0.3,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Delta]:
+        """Yield the answer in whole characters; the last delta has the finish reason and the usage.
+
+        With a `seed` no cached prefix is used, so the same request gives the same answer. Closing the iterator
+        stops the generation. Raises RequestError for what the engine refuses, EngineError if it fails.
+        """
+        ...
+
+    def healthy(self) -> bool:
+        """Say whether the engine would answer now."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; it can be called twice."""
+        ...
+
+
+class HttpEngine:
+    """An OpenAI-compatible server, local or remote."""
+
+    def __init__(self, url: str, *, name: str, api_key: str = "", specials: Sequence[str] = ()) -> None:
+        """Talk to `url` (with or without `/v1`) and ask for the model `name`; messages cannot contain `specials`."""
+        self.name = name
+        self._specials = tuple(specials)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        base = url.rstrip("/").removesuffix("/v1")
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
+        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False)
+
+    @classmethod
+    def connect(cls, url: str, *, api_key: str = "") -> HttpEngine:
+        """Return an engine for a running server, with the first model that it lists. Raises EngineError."""
+        engine = cls(url, name="", api_key=api_key)
+        try:
+            listed = engine.get("/v1/models")["data"]
+            engine.name = str(listed[0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise EngineError(f"{url} lists no model at /v1/models; is it an OpenAI-compatible server?") from error
+        return engine
+
+    def __enter__(self) -> Self:
+        """Return itself; `close` is called at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def healthy(self) -> bool:
+        """Say whether the server lists its models."""
+        try:
+            return self._http.get("/v1/models", timeout=5.0).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def get(self, route: str) -> Any:
+        """Return the JSON of a GET. Raises EngineError."""
+        return self._exchange("GET", route, None)
+
+    def post(self, route: str, body: dict[str, Any]) -> Any:
+        """Return the JSON of a POST. Raises RequestError for a 4xx, EngineError for anything else."""
+        return self._exchange("POST", route, body)
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int = 512,
+        temperature: float = 0.3,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Delta]:
+        """Yield the answer; see `Engine.stream`."""
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": [{**m.as_dict(), "content": defuse(m.content, self._specials)} for m in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if seed is not None:
+            body |= {"seed": seed, "cache_prompt": False}
+        if stop:
+            body["stop"] = list(stop)
+        yield from self._deltas(body)
+
+    def _deltas(self, body: dict[str, Any]) -> Iterator[Delta]:
+        finish: Any = None
+        usage: Usage | None = None
+        with self._failures(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                response.read()
+                self._raise(response)
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise EngineError(f"the engine failed: {_error_text(event)}")
+                if event.get("usage"):
+                    usage = Usage(event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"])
+                for choice in event.get("choices", ()):
+                    finish = choice.get("finish_reason") or finish
+                    text = choice["delta"].get("content")
+                    if text:
+                        yield Delta(text)
+        if finish is None:
+            raise EngineError("the engine stopped in the middle of an answer; ask again")
+        yield Delta("", "length" if finish == "length" else "stop", usage)
+
+    def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
+        with self._failures():
+            response = self._http.request(method, route, json=body)
+            if response.is_error:
+                self._raise(response)
+            return response.json()
+
+    def _raise(self, response: httpx.Response) -> None:
+        try:
+            text = _error_text(response.json())
+        except ValueError:
+            text = response.text[:200]
+        if response.status_code in {400, 404, 413, 422}:
+            raise RequestError(text)
+        raise EngineError(f"the engine answered {response.status_code}: {text}")
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn the client's exceptions into EngineError."""
+        try:
+            yield
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(f"the engine at {self._http.base_url} does not answer: {error or type(error).__name__}") from error
+
+
+class LlamaEngine(HttpEngine):
+    """llama.cpp on a GGUF file, in a child process that this object supervises."""
+
+    def __init__(
+        self,
+        gguf: Path,
+        *,
+        name: str = "",
+        context_tokens: int = 4096,
+        slots: int = 1,
+        threads: int | None = None,
+        scoring: bool = False,
+    ) -> None:
+        """Start the child and wait until it is ready.
+
+        `context_tokens` is for each of the `slots` (conversations answered at once). `scoring` starts it for `hidden`
+        and not for answers (one child that did both crashed). Raises InputError for a file that is no whole GGUF, EngineError if the child fails.
+        """
+        specials = read_header(gguf).special_tokens()
+        key = secrets.token_hex(32)
+        settings = {
+            "gguf": str(gguf),
+            "context_tokens": context_tokens * slots,
+            "slots": slots,
+            "threads": threads or os.cpu_count() or 1,
+            "scoring": scoring,
+            "key": key,
+        }
+        self._process, self._log, port = _start_child(settings, gguf)
+        self.path = gguf
+        super().__init__(f"http://127.0.0.1:{port}", name=name or gguf.stem, api_key=key, specials=specials)
+
+    def healthy(self) -> bool:
+        """Say whether the child runs and answers."""
+        return self._process.poll() is None and super().healthy()
+
+    def close(self) -> None:
+        """End the child."""
+        super().close()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return llama.cpp's ids for a rendered prompt, its special tokens parsed and its BOS added as when serving."""
+        ids: list[int] = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        return ids
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the text that the file's own template gives for `messages`, ready for the answer."""
+        rows = [{**m.as_dict(), "content": defuse(m.content, self._specials)} for m in messages]
+        text: str = self.post("/apply-template", {"messages": rows})["prompt"]
+        return text
+
+    def hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the final normalised hidden state of each token, shape (tokens, width); needs `scoring`."""
+        answer = self.post("/embeddings", {"content": list(ids), "embd_normalize": -1})
+        return np.asarray(answer[0]["embedding"], dtype=np.float32)
+
+    def _failure(self) -> str:
+        return f"{self.path.name}: llama.cpp ended with {self._process.returncode}: {self._log.last_lines()}"
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            with super()._failures():
+                yield
+        except EngineError as error:
+            try:
+                self._process.wait(timeout=0.5)  # a connection that broke off may be the first sign of its end
+            except subprocess.TimeoutExpired:
+                raise error from None
+            raise EngineError(self._failure()) from error
+
+
+def _error_text(answer: Any) -> str:
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+class _Log:
+    """The last lines that a child wrote, kept by a thread so that its pipe never fills."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._lines: list[str] = []
+        threading.Thread(target=self._keep, args=(pipe,), daemon=True).start()
+
+    def _keep(self, pipe: Any) -> None:
+        with pipe:
+            for line in pipe:
+                self._lines = [*self._lines[-19:], line.decode("utf-8", "replace").rstrip()]
+
+    def last_lines(self, count: int = 2) -> str:
+        """Return the last lines that say something, on one line."""
+        return " / ".join(line for line in self._lines if line)[-400:] if count else ""
+
+
+def _start_child(settings: dict[str, Any], gguf: Path) -> tuple[subprocess.Popen[bytes], _Log, int]:
+    """Start `engine_child`, hand it its settings, and return the process, its log and its port."""
+    from importlib.util import find_spec
+
+    if find_spec("xllamacpp") is None:
+        raise MissingExtraError("xllamacpp", "serve")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorikeet.engine_child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin and process.stdout
+    log = _Log(process.stderr)
+    timer = threading.Timer(START_TIMEOUT_S, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith(b"PORT "):
+                return process, log, int(line.split()[1])
+    except BrokenPipeError:
+        pass
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        timer.cancel()
+    process.wait()
+    raise EngineError(
+        f"llama.cpp could not load {gguf} (exit code {process.returncode}): {log.last_lines() or 'no message'}; "
+        "the file may be damaged or need more memory than there is"
+    )

@@ -1,0 +1,57 @@
+"""The exceptions that a person may see, each one line: what is wrong, where, and what to do.
+
+    LorikeetError            exit code 1
+    +-- Interrupted          exit code 130 stopped by Ctrl-C or SIGTERM, nothing lost
+    +-- InputError           exit code 2   the user's input is at fault
+    |   `-- RequestError                   one HTTP request is at fault (answered with 400)
+    `-- MachineError         exit code 3   the machine is: disk, memory, network, a missing package
+        +-- MissingExtraError
+        +-- HubError
+        `-- EngineError
+
+`cli.main` turns each into its line on stderr and its exit code; `serve.http` maps them to responses.
+"""
+
+
+class LorikeetError(Exception):
+    """Root of every error that Lorikeet raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(LorikeetError):
+    """The input is at fault: the message names the value, the place and what to do."""
+
+    exit_code = 2
+
+
+class Interrupted(LorikeetError):
+    """The work was stopped from outside; the message says how to go on."""
+
+    exit_code = 130
+
+
+class RequestError(InputError):
+    """A single request is at fault; the server answers it with 400 and goes on."""
+
+
+class MachineError(LorikeetError):
+    """The machine cannot do it: disk, memory, network or a missing package."""
+
+    exit_code = 3
+
+
+class MissingExtraError(MachineError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        """Name the `package` that is missing and the `extra` that brings it."""
+        super().__init__(f"{package} is not installed; it comes with: pip install 'lorikeet[{extra}]'")
+
+
+class HubError(MachineError):
+    """The Hugging Face hub could not be reached or refused."""
+
+
+class EngineError(MachineError):
+    """The engine could not start, stopped, or answered with an error."""

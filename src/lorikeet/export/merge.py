@@ -1,0 +1,162 @@
+"""Adapter + base -> merged weights in 16 bits, one tensor at a time.
+
+    merge(base_folder, adapter_folder, out_folder)
+
+Memory: the largest tensor in float32, a few times. It does not load a model class, so any Hugging Face causal LM works.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorikeet.errors import InputError
+
+PREFIX = "base_model.model."
+SHARD_BYTES = 4 << 30
+COPIED = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the base, not yet read."""
+
+    name: str
+    file: Path
+
+    def load(self) -> torch.Tensor:
+        """Return it, in the type it is stored in."""
+        with safe_open(self.file, framework="pt") as opened:
+            return torch.as_tensor(opened.get_tensor(self.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A plain LoRA adapter: what is added to which weight."""
+
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Weight name in the base -> (A of shape (r, in), B of shape (out, r)), float32."""
+    scale: float
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+
+    def delta(self, name: str) -> torch.Tensor | None:
+        """Return what is added to the weight `name`, float32, shape (out, in); None if it is not adapted."""
+        if name not in self.pairs:
+            return None
+        a, b = self.pairs[name]
+        return (b @ a) * self.scale
+
+
+def tensors(folder: Path) -> Iterator[Tensor]:
+    """Yield the tensors of a Hugging Face folder, in the order of its files."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            yield Tensor(name, file)
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Return the adapter in `folder`, PEFT's format. Raises InputError if it is not a plain LoRA on linear layers."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as opened:
+            loaded = {name: torch.as_tensor(opened.get_tensor(name)).float() for name in opened.keys()}  # noqa: SIM118  # safe_open has no __iter__
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a whole adapter: {error}; tune again") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+        raise InputError(f"{folder} is a {config.get('peft_type')} adapter that cannot be merged here; only plain LoRA can")
+    rank = config["r"]
+    pairs = {}
+    for name, a in loaded.items():
+        if name.endswith(".lora_A.weight"):
+            stem = name.removesuffix(".lora_A.weight")
+            pairs[stem.removeprefix(PREFIX) + ".weight"] = (a, loaded[stem + ".lora_B.weight"])
+    if not pairs or len(loaded) != 2 * len(pairs):
+        raise InputError(f"{folder} holds tensors other than pairs of lora_A and lora_B; only plain LoRA can be merged")
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    return Adapter(pairs, scale)
+
+
+def merge(base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, all_: None) -> None:
+    """Write base + adapter to the folder `out`, which exists, in Hugging Face format.
+
+    Weights are added in float32 and rounded once, to the base's own 16-bit type, or bfloat16 if the base has 32 bits.
+    Raises InputError before anything is written if a weight of the adapter is missing in the base or has another shape.
+    """
+    lora = load_adapter(adapter)
+    found = list(tensors(base))
+    _check_shapes(lora, found, base, adapter)
+    shard: dict[str, torch.Tensor] = {}
+    index: dict[str, int] = {}
+    number, size, total = 1, 0, 0
+    for done, tensor in enumerate(found, start=1):
+        value = merged_tensor(tensor, lora)
+        if size and size + value.nbytes > SHARD_BYTES:
+            save_file(shard, out / f"part-{number}.safetensors", metadata={"format": "pt"})
+            shard, size, number = {}, 0, number + 1
+        shard[tensor.name] = value
+        index[tensor.name] = number
+        size += value.nbytes
+        total += value.nbytes
+        progress(done, len(found))
+    save_file(shard, out / f"part-{number}.safetensors", metadata={"format": "pt"})
+    _name_shards(out, index, number, total)
+    _copy_rest(base, adapter, out)
+
+
+def merged_tensor(tensor: Tensor, lora: Adapter) -> torch.Tensor:
+    """Return a weight of the base with the adapter added, in 16 bits."""
+    value = tensor.load()
+    kind = value.dtype if value.dtype in {torch.bfloat16, torch.float16} else torch.bfloat16
+    delta = lora.delta(tensor.name)
+    merged = value if delta is None else value.float() + delta
+    return merged.to(kind).contiguous() if merged.is_floating_point() else merged
+
+
+def _check_shapes(lora: Adapter, found: list[Tensor], base: Path, adapter: Path) -> None:
+    by_name = {tensor.name: tensor for tensor in found}
+    for name, (a, b) in lora.pairs.items():
+        if name not in by_name:
+            raise InputError(f"{adapter} adapts {name}, which {base} does not have; it belongs to another base model")
+        with safe_open(by_name[name].file, framework="pt") as opened:
+            shape = tuple(opened.get_slice(name).get_shape())
+        if shape != (b.shape[0], a.shape[1]):
+            raise InputError(
+                f"{adapter} adapts {name} as {(b.shape[0], a.shape[1])}, but {base} has {shape}; it belongs to another base model"
+            )
+
+
+def _name_shards(out: Path, index: dict[str, int], count: int, total_bytes: int) -> None:
+    """Give the parts the names that Hugging Face expects, with an index if there are several."""
+    if count == 1:
+        (out / "part-1.safetensors").rename(out / "model.safetensors")
+        return
+    names = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+    for number, name in names.items():
+        (out / f"part-{number}.safetensors").rename(out / name)
+    document = {"metadata": {"total_size": total_bytes}, "weight_map": {name: names[n] for name, n in index.items()}}
+    (out / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))
+
+
+def _copy_rest(base: Path, adapter: Path, out: Path) -> None:
+    """Copy the base's configuration, its type set to what was written, and the adapter's tokenizer and template."""
+    for name in COPIED:
+        if (base / name).exists():
+            shutil.copyfile(base / name, out / name)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    kinds = {str(tensor.load().dtype).removeprefix("torch.") for tensor in list(tensors(out))[:1]}
+    config.pop("torch_dtype", None)
+    config["dtype"] = kinds.pop()
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in adapter.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges")):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,267 @@
+"""The run folder, the contract between stages: manifest, hashes, metrics, atomic writes.
+
+    run = RunFolder.create(Path("runs/mine"), stage="tune", config={...})
+    with atomic_folder(run.root / "adapter") as folder: ...   # appears whole or not at all
+    run.record("adapter", run.root / "adapter")                # hashes, and the mark `complete`
+    RunFolder.open(path).require("adapter", command="lorikeet tune")
+
+It does not know what the artefacts contain. Layout: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`,
+`merged/`, `gguf/`, `reports/`, `README.md`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lorikeet.errors import InputError, MachineError
+
+VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the sha256 of `text` in UTF-8, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_tree(path: Path) -> dict[str, str]:
+    """Return the sha256 of every file at or below `path`, by its name relative to it (a file's own name if it is one)."""
+    if path.is_file():
+        return {path.name: sha256_file(path)}
+    return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """Return the MachineError for a full, read-only or failing disk; `error` itself if it is about something else."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}:
+        return MachineError(f"cannot write {path}: {error.strerror}; free some space there or fix its rights")
+    return error
+
+
+def require_disk(path: Path, needed_bytes: int) -> None:
+    """Raise MachineError if the disk that `path` is or will be on has less than `needed_bytes` free."""
+    parent = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise MachineError(
+            f"{parent} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed; free some or choose another disk"
+        )
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write `data` beside `path`, flush it to the disk and rename it into place; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; rename it into place if the block ends well, else remove it.
+
+    Raises MachineError when the disk is at fault.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside `path` to fill; put it in place of `path` if the block ends well, else remove it.
+
+    Raises MachineError when the disk is at fault.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old)
+        else:
+            beside.rename(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def environment() -> dict[str, Any]:
+    """Return `{"versions": {...}, "hardware": {...}}` of this machine."""
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+        },
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder on the disk; nothing of it is kept in memory."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: Path, *, config: dict[str, Any]) -> RunFolder:
+        """Make a run folder with a manifest that holds the resolved `config`, the environment and status `created`.
+
+        Raises InputError if `root` is a file or a folder that holds anything.
+        """
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise InputError(
+                f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"
+            )
+        run = cls(root)
+        run._write({"status": "created", "config": config, "artefacts": {}, **environment()})
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> RunFolder:
+        """Return the run at `root`. Raises InputError if there is none or its manifest cannot be read."""
+        run = cls(root)
+        if not run.manifest_path.is_file():
+            raise InputError(f"{root} is not a run folder (no run.json); lorikeet tune --out {root} makes one")
+        try:
+            manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{run.manifest_path} cannot be read ({error}); restore it or tune again") from error
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("artefacts"), dict):
+            raise InputError(f"{run.manifest_path} is not a run's manifest; restore it or tune again")
+        return run
+
+    @property
+    def manifest_path(self) -> Path:
+        """`run.json`."""
+        return self.root / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """`metrics.jsonl`, one object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def reports(self) -> Path:
+        """The folder of reports; it need not exist yet."""
+        return self.root / "reports"
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest as it is on the disk."""
+        manifest: dict[str, Any] = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        return manifest
+
+    def update(self, **values: Any) -> None:
+        """Set top-level `values` in the manifest, atomically."""
+        self._write({**self.manifest(), **values})
+
+    def record(self, name: str, path: Path, **about: Any) -> None:
+        """Enter the artefact at `path` into the manifest: hashes of its files, `about`, and the mark `complete`."""
+        manifest = self.manifest()
+        manifest["artefacts"][name] = {"complete": True, "sha256": sha256_tree(path), **about}
+        self._write(manifest)
+
+    def forget(self, *names: str) -> None:
+        """Take artefacts out of the manifest, before what they were made from is replaced."""
+        manifest = self.manifest()
+        for name in names:
+            manifest["artefacts"].pop(name, None)
+        self._write(manifest)
+
+    def require(self, name: str, *, command: str) -> Path:
+        """Return the path of a complete artefact, such as `adapter` or `gguf/model-q8_0.gguf`.
+
+        Raises InputError, naming the `command` that makes it, if it is missing, or not complete, or a file differs in
+        name from what was recorded.
+        """
+        entry = self.manifest()["artefacts"].get(name)
+        path = self.root / name
+        if not entry or not entry.get("complete") or not path.exists():
+            raise InputError(f"{self.root} has no complete {name}; make it with: {command} {self.root}")
+        for file in entry["sha256"]:
+            if path.is_dir() and not (path / file).is_file():
+                raise InputError(f"{path / file} is missing; make it again with: {command} {self.root}")
+        return path
+
+    def verify(self, name: str) -> None:
+        """Compare an artefact's files with the hashes in the manifest. Raises InputError naming the one that differs."""
+        entry = self.manifest()["artefacts"][name]
+        path = self.root / name
+        found = sha256_tree(path)
+        for file, expected in entry["sha256"].items():
+            if found.get(file) != expected:
+                raise InputError(f"{path if path.is_file() else path / file} is not the file that was recorded; export again")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append one JSON object to `metrics.jsonl`."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`; a last line that was cut off is left out."""
+        if not self.metrics_path.exists():
+            return []
+        rows = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        write_atomic(self.manifest_path, json.dumps(manifest, indent=2, default=str) + "\n")

@@ -1,0 +1,140 @@
+"""Encoded conversations -> steps of packed micro-batches, in an order that depends on the seed alone.
+
+A micro-batch is one row: its conversations stand one after the other, positions restart at each, and transformers
+masks attention so that none sees another. There is no padding. It does not know the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorikeet.errors import InputError
+from lorikeet.messages import Conversation
+from lorikeet.prompt import Encoded, PromptFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed row."""
+
+    ids: torch.Tensor
+    """Token ids, int64, shape (1, tokens)."""
+    positions: torch.Tensor
+    """Position of each token in its conversation, int64, shape (1, tokens)."""
+    scored: torch.Tensor
+    """Places whose next token is supervised, int64, shape (scored,)."""
+    labels: torch.Tensor
+    """The tokens that follow those places, int64, shape (scored,)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the row."""
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(*(part.to(device) for part in (self.ids, self.positions, self.scored, self.labels)))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Conversations as tokens, and what became of the long ones."""
+
+    rows: list[Encoded]
+    truncated: int
+    dropped: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The tokens that the loss counts."""
+        return sum(row.supervised_tokens for row in self.rows)
+
+
+def encode_all(
+    prompt: PromptFormat, conversations: Sequence[Conversation], *, max_length: int, on_long: str
+) -> Encoding:
+    """Return the conversations as tokens, none longer than `max_length` and each with something to learn.
+
+    Longer ones are truncated or dropped, and so are those that the template refuses or that keep no supervised token;
+    all are counted. Raises InputError when `on_long` is `error` and one is too long, or when nothing is left.
+    """
+    rows: list[Encoded] = []
+    truncated = dropped = 0
+    refusal = ""
+    for conversation in conversations:
+        try:
+            row = prompt.encode(conversation)
+        except InputError as error:
+            refusal = refusal or str(error)
+            dropped += 1
+            continue
+        if len(row.ids) > max_length:
+            if on_long == "error":
+                raise InputError(
+                    f"{conversation.origin}: {len(row.ids)} tokens, more than max_length {max_length}; "
+                    "raise it, or choose --on-long truncate or drop"
+                )
+            if on_long == "drop":
+                dropped += 1
+                continue
+            row = Encoded(row.ids[:max_length], row.supervised[:max_length])
+            truncated += 1
+        if row.supervised_tokens:
+            rows.append(row)
+        else:
+            dropped += 1
+    if not rows:
+        why = refusal or f"no supervised token within max_length {max_length}"
+        raise InputError(f"none of the {len(conversations)} conversations can be learned from: {why}")
+    return Encoding(rows, truncated, dropped)
+
+
+def pack(rows: Sequence[Encoded]) -> Batch:
+    """Return one packed row of whole conversations."""
+    ids: list[int] = []
+    positions: list[int] = []
+    scored: list[int] = []
+    for row in rows:
+        start = len(ids)
+        ids += row.ids
+        positions += range(len(row.ids))
+        scored += [start + place - 1 for place in range(1, len(row.ids)) if row.supervised[place]]
+    token_ids = torch.tensor([ids])
+    places = torch.tensor(scored)
+    return Batch(token_ids, torch.tensor([positions]), places, token_ids[0, places + 1])
+
+
+def count_steps(rows: int, *, conversations_per_step: int, epochs: float) -> int:
+    """Return how many steps `epochs` passes take; the last step of a pass may be smaller."""
+    return max(1, round(epochs * -(-rows // conversations_per_step)))
+
+
+def steps(
+    rows: Sequence[Encoded], *, batch_size: int, accumulation: int, seed: int, first_step: int = 0
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step without end, from step `first_step`, a new random order every pass.
+
+    Within a step conversations are sorted by length, which changes nothing in its sum and evens the micro-batches.
+    """
+    per_step = batch_size * accumulation
+    per_pass = -(-len(rows) // per_step)
+    for step in _count_from(first_step):
+        pass_number, place = divmod(step, per_pass)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + pass_number)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        chosen = sorted((rows[i] for i in order[place * per_step : (place + 1) * per_step]), key=lambda r: len(r.ids))
+        yield [pack(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+
+
+def _count_from(first: int) -> Iterator[int]:
+    while True:
+        yield first
+        first += 1

@@ -1,0 +1,110 @@
+"""Checkpoints: everything that the next step depends on, written whole or not at all.
+
+    save(run, state)                                  # RUN/checkpoints/step-000100/
+    state = restore(latest(run), model, optimizer)
+
+A checkpoint holds the adapter, the optimizer's moments, the random state and the counters; the data's position follows
+from the step. Tensors are safetensors: nothing in it can execute.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorikeet.errors import InputError
+from lorikeet.run import RunFolder, atomic_folder
+
+STATE = "state.json"
+ADAPTER = "adapter.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The counters of a run."""
+
+    step: int
+    """Steps that are done."""
+    total_steps: int
+    best_step: int
+    best_loss: float
+    """Lowest validation loss so far, in nats a token."""
+    elapsed_s: float
+    """Tuning time so far, over all sessions of the run."""
+    tokens: int
+    """Tokens seen so far."""
+
+
+def folder(run: RunFolder, step: int) -> Path:
+    """Return where the checkpoint of `step` lies."""
+    return run.root / "checkpoints" / f"step-{step:06d}"
+
+
+def save(
+    run: RunFolder, state: State, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the checkpoint of `state.step`, atomically."""
+    tensors = {
+        f"{name}:{key}": value.contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    with atomic_folder(folder(run, state.step)) as target:
+        save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, target / ADAPTER)
+        save_file(tensors, target / OPTIMIZER)
+        (target / STATE).write_text(json.dumps(asdict(state)))
+
+
+def latest(run: RunFolder) -> Path | None:
+    """Return the newest checkpoint, or None before the first."""
+    found = sorted((run.root / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def restore(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> State:
+    """Set parameters, optimizer and random state to the checkpoint's and return its counters.
+
+    Raises InputError if it does not belong to this run's adapter.
+    """
+    load_parameters(path, parameters)
+    tensors = load_file(path / OPTIMIZER)
+    for name, parameter in parameters.items():
+        entries = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+        }
+    torch.set_rng_state(tensors["random"])
+    if "random_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random_cuda"])
+    return State(**json.loads((path / STATE).read_text()))
+
+
+def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Set the adapter's parameters to the checkpoint's. Raises InputError if names or shapes differ."""
+    saved = load_file(path / ADAPTER)
+    if {name: tuple(value.shape) for name, value in saved.items()} != {
+        name: tuple(value.shape) for name, value in parameters.items()
+    }:
+        raise InputError(f"{path} holds another adapter than run.json describes; tune into a new folder")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def prune(run: RunFolder, *, keep: int, best_step: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best."""
+    found = sorted((run.root / "checkpoints").glob("step-*"))
+    for path in found[: max(0, len(found) - keep)]:
+        if path != folder(run, best_step):
+            shutil.rmtree(path)
