@@ -50,7 +50,7 @@ class TuneConfig:
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int = 0
-    """Stop after this many steps; 0 for no bound."""
+    """Steps to take, whatever `epochs` says; 0 to go by `epochs`."""
     max_minutes: float = 0.0
     """Stop tuning after this time; the schedule is fitted to it. 0 for no bound."""
     batch_size: int = 4

@@ -106,18 +106,18 @@ class PromptFormat:
 
         Each turn is supervised from where generation would start to its end-of-turn token. The place of a turn is
         found by rendering the conversation once more with a marker in its stead, so any template works; a token
-        belongs to a turn if it starts inside it. Raises InputError where the template refuses the conversation or
+        belongs to a turn if any of it stands inside. Raises InputError where the template refuses the conversation or
         does not print a turn as it is.
         """
         messages = conversation.messages
         text = self.render(messages)
-        ids, starts = self._tokenize(text)
+        ids, spans = self._tokenize(text)
         supervised = [False] * len(ids)
         for index, message in enumerate(messages):
             if message.role == "assistant":
                 first, last = self._answer_span(messages, index, text, conversation.origin)
                 limit = self._turn_end(messages, index, text, last)
-                self._mark(ids, starts, supervised, first=first, last=last, limit=limit)
+                self._mark(ids, spans, supervised, first=first, last=last, limit=limit)
         return Encoded(ids, supervised)
 
     def _answer_span(self, messages: Sequence[Message], index: int, text: str, origin: str) -> tuple[int, int]:
@@ -146,12 +146,12 @@ class PromptFormat:
         return len(head) if text.startswith(head) and len(head) >= last else len(text)
 
     def _mark(
-        self, ids: list[int], starts: list[int], supervised: list[bool], *, first: int, last: int, limit: int
+        self, ids: list[int], spans: list[tuple[int, int]], supervised: list[bool], *, first: int, last: int, limit: int
     ) -> None:
         """Mark the tokens of [first, last) and the special token that ends the turn; all up to `limit` if none does."""
         tail: list[int] = []
-        for position, start in enumerate(starts):
-            if first <= start < last:
+        for position, (start, end) in enumerate(spans):
+            if start < last and (end > first or start >= first):
                 supervised[position] = True
             elif last <= start < limit:
                 tail.append(position)
@@ -162,14 +162,14 @@ class PromptFormat:
         for position in tail:
             supervised[position] = True
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids of `text` and the character at which each starts, with one BOS if the tokenizer uses one."""
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text` and the characters [start, end) of each, with one BOS if the tokenizer uses one."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        starts = [start for start, _ in encoding["offset_mapping"]]
+        spans = list(encoding["offset_mapping"])
         if self.bos_id is not None and (not ids or ids[0] != self.bos_id):
-            ids, starts = [self.bos_id, *ids], [-1, *starts]
-        return ids, starts
+            ids, spans = [self.bos_id, *ids], [(-1, -1), *spans]
+        return ids, spans
 
     def _apply(self, rows: list[dict[str, Any]], *, generation_prompt: bool) -> str:
         from jinja2 import TemplateError

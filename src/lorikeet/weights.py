@@ -189,6 +189,13 @@ def base_gguf_path(manifest: dict[str, Any], quant: str) -> Path:
     return cache_folder() / "gguf" / key / f"base-{quant}.gguf"
 
 
+def quiet_transformers() -> None:
+    """Turn off transformers' own progress bars; every stage shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def inventory() -> list[dict[str, Any]]:
     """Return what is packaged: name, what it is, where it comes from, licence, bytes to fetch, and whether it is here."""
     rows: list[dict[str, Any]] = [
@@ -370,6 +377,7 @@ def _dequantise(source: Path, folder: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("transformers", "tune") from error
 
+    quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     backend = tokenizer.backend_tokenizer
     # transformers' GGUF reader leaves out the digit splitter of this family, which llama.cpp applies.

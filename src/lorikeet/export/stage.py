@@ -18,7 +18,7 @@ from lorikeet.errors import InputError
 from lorikeet.export.gguf import write_gguf
 from lorikeet.export.merge import merge
 from lorikeet.run import RunFolder, atomic_file, atomic_folder, require_disk
-from lorikeet.weights import base_gguf_path, base_name, resolve_model
+from lorikeet.weights import base_gguf_path, base_name, model_identity, resolve_model
 
 
 def export(root: Path, config: ExportConfig) -> RunFolder:
@@ -32,7 +32,10 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     wanted = set(config.formats)
     if not wanted & {"merged", "gguf"}:
         return run
-    base = resolve_model(base_name(run.manifest()["base"]))
+    recorded = run.manifest()["base"]
+    base = resolve_model(base_name(recorded))
+    if model_identity(recorded["id"], base)["sha256"] != recorded["sha256"]:
+        raise InputError(f"{base} is not the model that {root} was tuned on (its weights differ); restore it, or tune again")
     weights_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     require_disk(root, int(weights_bytes * (1.1 + 2.2 * ("gguf" in wanted))))
     merged = _merged(run, base, adapter)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
 from lorikeet.errors import InputError
+from lorikeet.weights import quiet_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,6 +43,7 @@ def pick_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the causal language model in `folder`, ready to be tuned. Raises InputError if it cannot be read."""
+    quiet_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -63,17 +65,17 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
         raise InputError(
             f"target_modules: {', '.join(missing)} not in {config.model}; its linear layers are {', '.join(sorted(found))}"
         )
-    tuned = get_peft_model(
-        model,
-        LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=list(config.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; it says int and takes both
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.2x renamed; the message is theirs to settle.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

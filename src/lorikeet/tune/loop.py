@@ -200,8 +200,9 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     run.update(dtype=str(dtype).removeprefix("torch."), device=device.type)
 
     per_step = config.batch_size * config.gradient_accumulation_steps
-    total = count_steps(len(prepared.train), conversations_per_step=per_step, epochs=config.epochs)
-    total = min(total, config.max_steps) if config.max_steps else total
+    total = config.max_steps or count_steps(
+        len(prepared.train), conversations_per_step=per_step, epochs=config.epochs
+    )
     newest = checkpoint.latest(run)
     if newest:
         state = checkpoint.restore(newest, parameters, optimizer)

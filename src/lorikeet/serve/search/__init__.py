@@ -1,0 +1,1 @@
+"""Looking things up: `decide` says when and why, `provider` fetches the results."""

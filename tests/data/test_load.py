@@ -1,0 +1,155 @@
+"""Formats told apart, broken rows named, and nothing that raises anything but one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorikeet.config import SYSTEM_PROMPT
+from lorikeet.data.load import load_conversations
+from lorikeet.errors import InputError, LorikeetError
+from lorikeet.grounding import FOOTER, HEADER
+
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+ALPACA = {"instruction": "hi", "input": "", "output": "hello"}
+
+
+def save(path: Path, rows: list[Any]) -> Path:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet", "csv"])
+@pytest.mark.parametrize(("layout", "row"), [("messages", MESSAGES), ("sharegpt", SHAREGPT), ("alpaca", ALPACA)])
+def test_every_layout_in_every_format(tmp_path: Path, ending: str, layout: str, row: dict[str, Any]) -> None:
+    loaded = load_conversations(str(save(tmp_path / f"chats.{ending}", [row, row])))
+    assert loaded.layout == layout
+    assert [[(m.role, m.content) for m in c.messages] for c in loaded.conversations] == [
+        [("user", "hi"), ("assistant", "hello")]
+    ] * 2
+
+
+def test_a_json_object_that_holds_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.json"
+    path.write_text(json.dumps({"version": 1, "data": [SHAREGPT]}))
+    assert len(load_conversations(str(path)).conversations) == 1
+
+
+def test_alpaca_input_and_system_are_kept(tmp_path: Path) -> None:
+    row = {"instruction": "Translate.", "input": "gato", "output": "cat", "system": "Be brief."}
+    (conversation,) = load_conversations(str(save(tmp_path / "a.jsonl", [row]))).conversations
+    assert [m.content for m in conversation.messages] == ["Be brief.", "Translate.\n\ngato", "cat"]
+
+
+def test_a_trailing_question_is_cut(tmp_path: Path) -> None:
+    row = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "and?"}]}
+    (conversation,) = load_conversations(str(save(tmp_path / "a.jsonl", [row]))).conversations
+    assert conversation.messages[-1].role == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{not json", "is not JSON"),
+        ('{"messages": []}', "has no turns"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "wizard", "content": "hi"}]}', "role 'wizard'"),
+        ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}', "is empty"),
+        ('{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "x"}]}', "not text"),
+        ('{"messages": [{"role": "user", "content": "a\\u0000"}, {"role": "assistant", "content": "x"}]}', "null byte"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "UTF-8"),
+        ('"a string"', "is a str"),
+        ('{"text": "x"}', "has none of messages"),
+    ],
+)
+def test_a_broken_row_is_named_by_line_and_the_rest_goes_on(tmp_path: Path, line: str, why: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join([json.dumps(MESSAGES)] * 150 + [line] + [json.dumps(MESSAGES)]))
+    loaded = load_conversations(str(path))
+    assert len(loaded.conversations) == 151
+    ((where, reason),) = [(broken.where, broken.why) for broken in loaded.broken]
+    assert where == f"{path}:151"
+    assert why in reason
+
+
+def test_more_than_one_percent_broken_stops(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join([json.dumps(MESSAGES)] * 50 + ["{"]))
+    with pytest.raises(InputError, match=r"chats.jsonl:51: is not JSON .*1 of 51 rows"):
+        load_conversations(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", "holds no rows"),
+        ("empty.json", b"[]", "holds no rows"),
+        ("bad.json", b"[{", "is not JSON"),
+        ("latin.jsonl", b'{"a": "\xff"}', "not UTF-8"),
+        ("bad.parquet", b"PAR1 nothing", "not a whole Parquet file"),
+        ("notes.txt", b"hello", "ending is not one"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_conversations(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_packaged_data() -> None:
+    with pytest.raises(InputError, match="nope.jsonl is not there.*spoken"):
+        load_conversations("nope.jsonl")
+
+
+def test_hundreds_of_mangled_files_never_raise_anything_else(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    whole = "\n".join(json.dumps(row) for row in [MESSAGES, SHAREGPT, ALPACA] * 4).encode()
+    raised = 0
+    for number in range(300):
+        mangled = bytearray(whole)
+        for _ in range(generator.randint(1, 12)):
+            place = generator.randrange(len(mangled))
+            mangled[place : place + generator.randint(0, 4)] = generator.randbytes(generator.randint(0, 4))
+        path = tmp_path / f"m{number}.{generator.choice(['json', 'jsonl', 'csv', 'parquet'])}"
+        path.write_bytes(bytes(mangled))
+        try:
+            load_conversations(str(path))
+        except LorikeetError as error:
+            raised += 1
+            assert "\n" not in str(error)
+    assert raised > 100
+
+
+def test_spoken_carries_its_system_turn_and_rendered_sources() -> None:
+    loaded = load_conversations("spoken")
+    assert all(c.messages[0].content == SYSTEM_PROMPT for c in loaded.conversations)
+    grounded = [m for c in loaded.conversations for m in c.messages if HEADER in m.content]
+    assert len(grounded) >= 80
+    assert all(m.role == "user" and FOOTER in m.content and not m.sources for m in grounded)
+
+
+def test_the_optional_files_load(shared: Path) -> None:
+    for name, layout, count in (("instruct-2k.jsonl", "messages", 2000), ("sharegpt-200.json", "sharegpt", 200), ("alpaca-200.json", "alpaca", 200)):
+        loaded = load_conversations(str(shared / "chat" / name))
+        assert (loaded.layout, len(loaded.conversations), loaded.broken) == (layout, count, [])

@@ -1,0 +1,75 @@
+"""Packing keeps conversations apart, counts what it leaves out, and orders them by the seed alone."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorikeet.errors import InputError
+from lorikeet.prompt import Encoded, PromptFormat
+from lorikeet.tune.batches import count_steps, encode_all, pack, steps
+from lorikeet.tune.loss import mean_loss, summed_loss
+
+from ..conftest import make_conversations
+
+
+def rows_of(tiny_model: Path, count: int = 12) -> list[Encoded]:
+    return encode_all(PromptFormat.load(tiny_model), make_conversations(count), max_length=100, on_long="error").rows
+
+
+def test_a_packed_row_scores_as_its_conversations_do_alone(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    rows = rows_of(tiny_model, 5)
+    alone = [summed_loss(model, pack([row]), autocast_dtype=torch.float32).item() for row in rows]
+    together = summed_loss(model, pack(rows), autocast_dtype=torch.float32).item()
+    assert together == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_loss_is_the_models_own(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    (row,) = rows_of(tiny_model, 1)
+    labels = torch.tensor([[token if counted else -100 for token, counted in zip(row.ids, row.supervised, strict=True)]])
+    expected = model(input_ids=torch.tensor([row.ids]), labels=labels).loss.item()
+    assert mean_loss(model, [pack([row])], autocast_dtype=torch.float32) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> None:
+    rows = rows_of(tiny_model)
+    drawn = [tuple(b.ids.flatten().tolist()) for step in islice(steps(rows, batch_size=1, accumulation=2, seed=1), 12) for b in step]
+    everything = sorted(tuple(row.ids) for row in rows)
+    assert sorted(drawn[:12]) == everything and sorted(drawn[12:]) == everything
+    assert drawn[:12] != drawn[12:]
+
+
+def test_a_later_start_gives_the_same_steps(tiny_model: Path) -> None:
+    rows = rows_of(tiny_model)
+    whole = list(islice(steps(rows, batch_size=2, accumulation=2, seed=9), 7))
+    rest = list(islice(steps(rows, batch_size=2, accumulation=2, seed=9, first_step=4), 3))
+    assert [[b.ids.tolist() for b in step] for step in whole[4:]] == [[b.ids.tolist() for b in step] for step in rest]
+
+
+def test_long_rows_are_counted(tiny_model: Path) -> None:
+    prompt = PromptFormat.load(tiny_model)
+    talk = make_conversations(6)
+    lengths = [len(prompt.encode(c).ids) for c in talk]
+    limit = sorted(lengths)[3] - 1
+    long = sum(length > limit for length in lengths)
+    cut = encode_all(prompt, talk, max_length=limit, on_long="truncate")
+    assert cut.truncated == long and max(len(row.ids) for row in cut.rows) == limit
+    dropped = encode_all(prompt, talk, max_length=limit, on_long="drop")
+    assert dropped.dropped == long and len(dropped.rows) == 6 - long
+    with pytest.raises(InputError, match="more than max_length"):
+        encode_all(prompt, talk, max_length=limit, on_long="error")
+
+
+def test_nothing_to_learn_is_an_error(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="no supervised token within max_length 3"):
+        encode_all(PromptFormat.load(tiny_model), make_conversations(4), max_length=3, on_long="truncate")
+
+
+def test_steps_are_counted_as_drawn() -> None:
+    assert [count_steps(n, conversations_per_step=8, epochs=e) for n, e in ((80, 1), (81, 1), (80, 2.5), (3, 0.1))] == [10, 11, 25, 1]

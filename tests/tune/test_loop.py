@@ -1,0 +1,181 @@
+"""The loop on a tiny model: it learns, repeats itself bit for bit, resumes, and is stopped without loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lorikeet.config import TuneConfig
+from lorikeet.errors import InputError
+from lorikeet.prompt import PromptFormat
+from lorikeet.run import RunFolder
+from lorikeet.tune import loop
+from lorikeet.tune.adapter import apply_lora
+from lorikeet.tune.batches import encode_all, pack
+from lorikeet.tune.loss import summed_loss
+
+from ..conftest import make_conversations, write_jsonl
+
+
+@pytest.fixture
+def config(tiny_model: Path, chats: Path) -> TuneConfig:
+    return TuneConfig(
+        model=str(tiny_model), data=str(chats), max_steps=9, learning_rate=1e-2, eval_steps=4, save_steps=3, dtype="float32"
+    )
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_writes_the_run_folder(config: TuneConfig, tmp_path: Path) -> None:
+    run = loop.tune(config, out=tmp_path / "run")
+    manifest = run.manifest()
+    assert manifest["status"] == "tuned"
+    assert manifest["tuned"]["best_val_loss"] < manifest["tuned"]["first_val_loss"] - 0.1
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == list(range(10))
+    assert {"loss", "learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "rss_bytes", "elapsed_s"} <= rows[1].keys()
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8, 9]
+    assert (run.reports / "loss.png").read_bytes().startswith(b"\x89PNG")
+    adapter = json.loads((run.root / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (16, 16, config.model)
+    assert len(list((run.root / "checkpoints").iterdir())) <= config.save_total_limit + 1
+    assert not list(run.root.rglob("*.part"))
+    assert len((run.root / "data" / "heldout.jsonl").read_text().splitlines()) == manifest["data"]["heldout"] == 8
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit(config: TuneConfig, tmp_path: Path) -> None:
+    first, second = (loop.tune(config, out=tmp_path / name).root for name in ("a", "b"))
+    other = loop.tune(replace(config, seed=1), out=tmp_path / "c").root
+    assert equal(adapter_of(first), adapter_of(second))
+    assert not equal(adapter_of(first), adapter_of(other))
+
+
+def test_the_best_checkpoint_is_the_adapter(config: TuneConfig, tmp_path: Path) -> None:
+    run = loop.tune(replace(config, learning_rate=0.1, max_steps=10, eval_steps=1), out=tmp_path / "run")
+    validated = {row["step"]: row["val_loss"] for row in run.metrics() if "val_loss" in row}
+    best = min(validated, key=lambda step: validated[step])
+    assert run.manifest()["tuned"]["best_step"] == best < 10
+    kept = load_file(run.root / "checkpoints" / f"step-{best:06d}" / "adapter.safetensors")
+    written = adapter_of(run.root)
+    assert len(kept) == len(written)
+    assert all(torch.equal(value, written[name.replace(".default", "")]) for name, value in kept.items())
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(config: TuneConfig, tmp_path: Path) -> None:
+    whole = loop.tune(config, out=tmp_path / "whole").root
+    code = (
+        "import sys; from pathlib import Path; from lorikeet.tune import loop; from lorikeet.config import TuneConfig; import json\n"
+        "config = json.loads(sys.argv[1]); config['target_modules'] = tuple(config['target_modules'])\n"
+        "append = loop.RunFolder.append_metrics\n"
+        "def dying(run, row):\n"
+        "    append(run, row)\n"
+        "    if row['step'] == int(sys.argv[3]): import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.RunFolder.append_metrics = dying\n"
+        "loop.tune(TuneConfig(**config), out=Path(sys.argv[2]))\n"
+    )
+    for step in (2, 7):
+        broken = tmp_path / f"broken-{step}"
+        arguments = [sys.executable, "-c", code, json.dumps(config.__dict__), str(broken), str(step)]
+        assert subprocess.run(arguments, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert RunFolder.open(broken).manifest()["status"] == "tuning"
+        loop.resume(broken)
+        assert equal(adapter_of(whole), adapter_of(broken))
+        assert [(r["step"], r.get("loss"), r.get("val_loss")) for r in RunFolder.open(broken).metrics()] == [
+            (r["step"], r.get("loss"), r.get("val_loss")) for r in RunFolder.open(whole).metrics()
+        ]
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(config: TuneConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--model", config.model, "--data", config.data, "--max-steps", "4000", "--dtype", "float32", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lorikeet.cli import main; main()", "tune", *flags], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(RunFolder(out).metrics()) > 3):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("lorikeet: stopped at step") and f"lorikeet tune --resume {out}" in last
+    step = RunFolder.open(out).metrics()[-1]["step"]
+    assert (out / "checkpoints" / f"step-{step:06d}" / "state.json").is_file()
+
+
+def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
+    """Two micro-batches of unequal length give the gradient of one batch of both (transformers' old mistake)."""
+    prompt = PromptFormat.load(tiny_model)
+    rows = sorted(
+        encode_all(prompt, make_conversations(8), max_length=200, on_long="error").rows, key=lambda row: row.supervised_tokens
+    )
+    gradients = []
+    for parts in ([rows], [rows[:7], rows[7:]]):
+        torch.manual_seed(0)
+        model = apply_lora(AutoModelForCausalLM.from_pretrained(tiny_model), TuneConfig(lora_dropout=0.0))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        total = sum(row.supervised_tokens for row in rows)
+        for part in parts:
+            (summed_loss(model, pack(part), autocast_dtype=torch.float32) / total).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"target_modules": ("q_proj", "qkv")}, "target_modules: qkv not in .*q_proj"),
+        ({"data": "missing.jsonl"}, "missing.jsonl is not there"),
+        ({"model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(config: TuneConfig, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        loop.tune(replace(config, **change), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_folder_that_is_there_is_not_touched(config: TuneConfig, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        loop.tune(config, out=tmp_path)
+    assert (tmp_path / "note").read_text() == "mine"
+
+
+def test_resume_refuses_changed_data(config: TuneConfig, chats: Path, tmp_path: Path) -> None:
+    run = loop.tune(config, out=tmp_path / "run")
+    run.update(status="tuning")
+    write_jsonl(chats, make_conversations(61))
+    with pytest.raises(InputError, match="has changed since"):
+        loop.resume(run.root)
+
+
+def test_time_bounds_the_run(config: TuneConfig, tmp_path: Path) -> None:
+    began = time.monotonic()
+    run = loop.tune(replace(config, max_steps=0, epochs=1000, max_minutes=0.1, eval_steps=1000, save_steps=1000), out=tmp_path / "run")
+    tuned = run.manifest()["tuned"]
+    assert 1 < tuned["steps"] < 6000
+    assert time.monotonic() - began < 30
