@@ -75,7 +75,9 @@ class HttpEngine:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         base = url.rstrip("/").removesuffix("/v1")
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False)
+        # llama-server closes idle connections on its own; a request that meets such a one would fail for nothing.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, limits=limits, trust_env=False)
 
     @classmethod
     def connect(cls, url: str, *, api_key: str = "") -> HttpEngine:
@@ -205,8 +207,9 @@ class LlamaEngine(HttpEngine):
     ) -> None:
         """Start the child and wait until it is ready.
 
-        `context_tokens` is for each of the `slots` (conversations answered at once). `scoring` starts it for `hidden`
-        and not for answers (one child that did both crashed). Raises InputError for a file that is no whole GGUF, EngineError if the child fails.
+        `context_tokens` is for each of the `slots` (conversations answered at once). `scoring` starts it for `hidden`,
+        with the whole context in one batch. Raises InputError for a file that is no whole GGUF, EngineError if the
+        child fails.
         """
         specials = read_header(gguf).special_tokens()
         key = secrets.token_hex(32)

@@ -265,7 +265,8 @@ def _snapshot(name: str, *, kind: str, patterns: tuple[str, ...]) -> Path:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         return _cached_snapshot(repo, revision, kind, endpoint, advice, error)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in {"httpx", "httpcore", "huggingface_hub"}:
+        # The client's own connection errors: which HTTP library raises them differs between its versions.
+        if type(error).__module__.partition(".")[0] not in {"httpx", "httpx2", "huggingface_hub"}:
             raise
         return _cached_snapshot(repo, revision, kind, endpoint, advice, error)
 

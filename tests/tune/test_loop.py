@@ -68,12 +68,15 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit(config: TuneConfig, tm
     assert not equal(adapter_of(first), adapter_of(other))
 
 
-def test_the_best_checkpoint_is_the_adapter(config: TuneConfig, tmp_path: Path) -> None:
-    run = loop.tune(replace(config, learning_rate=0.1, max_steps=10, eval_steps=1), out=tmp_path / "run")
-    validated = {row["step"]: row["val_loss"] for row in run.metrics() if "val_loss" in row}
-    best = min(validated, key=lambda step: validated[step])
-    assert run.manifest()["tuned"]["best_step"] == best < 10
-    kept = load_file(run.root / "checkpoints" / f"step-{best:06d}" / "adapter.safetensors")
+def test_the_best_checkpoint_is_the_adapter(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 4.0, 3.0, 3.5, 4.5])  # steps 0, 2, 4, 6, 8: the run overfits after step 4
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
+    run = loop.tune(replace(config, max_steps=8, eval_steps=2, save_total_limit=1), out=tmp_path / "run")
+    assert run.manifest()["tuned"]["best_step"] == 4
+    assert sorted(path.name for path in (run.root / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+    kept = load_file(run.root / "checkpoints" / "step-000004" / "adapter.safetensors")
     written = adapter_of(run.root)
     assert len(kept) == len(written)
     assert all(torch.equal(value, written[name.replace(".default", "")]) for name, value in kept.items())

@@ -1,0 +1,151 @@
+"""The verdict: numbers against numbers done by hand, and every check able to say no."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorikeet.config import ExportConfig, ProveConfig, TuneConfig
+from lorikeet.errors import InputError
+from lorikeet.export.stage import export
+from lorikeet.messages import Conversation, Message
+from lorikeet.prompt import Encoded, PromptFormat
+from lorikeet.prove.compare import compare, ratio_interval
+from lorikeet.prove.likelihood import Scores
+from lorikeet.prove.speech import speakability
+from lorikeet.prove.stage import Answer, Heldout, Measured, encode_heldout, judge, only_last_answer, prove
+from lorikeet.tune import loop
+
+from ..conftest import make_conversations, write_jsonl
+
+COUNT = 40
+
+
+def scores(mean: float, *, spread: float = 0.2, seed: int = 0) -> Scores:
+    generator = np.random.default_rng(seed)
+    return Scores([generator.normal(mean, spread, size=10) for _ in range(COUNT)])
+
+
+def measured(mean: float, *, strangers: float = 4.0, ended: int = 12, parity: int = COUNT, seed: int = 0) -> Measured:
+    answers = [Answer("Fine.", n < ended, speakability("Fine.")) for n in range(12)]
+    return Measured(scores(mean, seed=seed), scores(strangers, seed=9), answers, parity, 100.0)
+
+
+@pytest.fixture
+def heldout() -> Heldout:
+    row = Encoded([1] * 20, [False] * 10 + [True] * 10)
+    talk = Conversation((Message("user", "q"), Message("assistant", "a")), "c")
+    return Heldout([talk] * COUNT, [row] * COUNT, [row] * COUNT, 0)
+
+
+def failed(base: Measured, tuned: Measured, heldout: Heldout) -> tuple[str, list[str]]:
+    proof = judge(base, tuned, heldout, ProveConfig(resamples=2000))
+    return proof["verdict"], [check["name"] for check in proof["checks"] if not check["pass"]]
+
+
+def test_better_is_shipped(heldout: Heldout) -> None:
+    assert failed(measured(3.0), measured(2.5, seed=1), heldout) == ("ship", [])
+
+
+@pytest.mark.parametrize(
+    ("tuned", "name"),
+    [
+        (measured(3.0, seed=1), "heldout_loss"),
+        (measured(3.3, seed=1), "heldout_loss"),
+        (measured(2.5, strangers=2.5, seed=1), "answers_follow_questions"),
+        (measured(2.5, ended=8, seed=1), "answers_end"),
+        (measured(2.5, parity=COUNT - 1, seed=1), "prompt_parity"),
+    ],
+)
+def test_each_check_can_say_no(heldout: Heldout, tuned: Measured, name: str) -> None:
+    assert failed(measured(3.0), tuned, heldout) == ("do not ship", [name])
+
+
+def test_the_difference_is_weighed_by_tokens() -> None:
+    base = Scores([np.full(1, 2.0), np.full(3, 2.0)])
+    tuned = Scores([np.full(1, 6.0), np.full(3, 1.0)])
+    assert compare(base, tuned, resamples=100).value == pytest.approx((4 - 3) / 4)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(3)
+    counts = np.full(40, 10)
+    covered = 0
+    for trial in range(200):
+        interval = ratio_interval(generator.normal(5.0, 20.0, 40), counts, level=0.95, resamples=500, seed=trial)
+        covered += interval.low <= 0.5 <= interval.high
+    assert 178 <= covered <= 200
+
+
+def test_only_the_last_answer_is_kept() -> None:
+    row = Encoded(list(range(8)), [False, True, True, False, False, True, True, False])
+    assert only_last_answer(row).supervised == [False] * 5 + [True, True, False]
+
+
+def test_a_stranger_gets_the_answer_and_not_the_question(tiny_model: Path) -> None:
+    prompt = PromptFormat.load(tiny_model)
+    talk = make_conversations(4)
+    heldout = encode_heldout(prompt, talk, max_length=200)
+    for mine, row, counts in zip(talk, heldout.strangers, heldout.last_tokens, strict=True):
+        text = prompt.tokenizer.decode(row.ids)
+        assert mine.messages[1].content in text and mine.messages[0].content not in text
+        own = prompt.encode(mine)
+        assert counts == own.supervised_tokens == row.supervised_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "stumbles"),
+    [
+        ("The ferry leaves at twenty to eleven.", ()),
+        ("**Bold** words", ("markdown",)),
+        ("- one", ("markdown",)),
+        ("1. First", ("markdown",)),
+        ("See https://a.example/x", ("link",)),
+        ("It costs $5", ("symbol",)),
+        ("Nice \U0001f600", ("symbol",)),
+        ("One.\nTwo.", ("line break",)),
+    ],
+)
+def test_what_a_voice_stumbles_over(text: str, stumbles: tuple[str, ...]) -> None:
+    assert speakability(text).stumbles == stumbles
+    assert speakability(text).speakable == (not stumbles)
+
+
+def test_long_and_empty_answers_cannot_be_spoken() -> None:
+    assert not speakability("word " * 61).speakable
+    assert not speakability("").speakable
+
+
+def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "cache"))
+    data = write_jsonl(tmp_path / "chats.jsonl", make_conversations(80))
+    config = TuneConfig(model=str(tiny_model), data=str(data), max_steps=30, learning_rate=1e-2, dtype="float32")
+    run = loop.tune(config, out=tmp_path / "run")
+    with pytest.raises(InputError, match="no complete gguf/model-q8_0.gguf; make it with: lorikeet export"):
+        prove(run.root, ProveConfig())
+    export(run.root, ExportConfig(quant=("q8_0",)))
+    proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12))
+    assert json.loads((run.reports / "proof.json").read_text()) == json.loads(json.dumps(proof))
+    assert proof["heldout"]["n"] == 8
+    assert proof["heldout"]["difference"] == pytest.approx(proof["heldout"]["tuned_loss"] - proof["heldout"]["base_loss"])
+    assert proof["heldout"]["ci95"][1] < 0
+    checks = {check["name"]: check["pass"] for check in proof["checks"]}
+    assert checks["prompt_parity"] and checks["heldout_loss"]
+    page = (run.reports / "proof.html").read_text()
+    assert page.count("<rect") == 8 and "data:image/png;base64," in page
+    assert "http://" not in page and "https://" not in page
+
+
+def test_answers_cannot_inject_into_the_report(tmp_path: Path, heldout: Heldout) -> None:
+    from lorikeet.prove.report import write_html
+
+    nasty = "<script>alert(1)</script>"
+    base = replace(measured(3.0), answers=[Answer(nasty, True, speakability(nasty))])
+    proof = judge(base, measured(2.5, seed=1), heldout, ProveConfig(resamples=100))
+    manifest = {"base": {"id": nasty, "sha256": "0"}, "data": {"name": nasty, "sha256": {}}, "template": {"sha256": "0"}}
+    write_html({**proof, "files": {"tuned_sha256": {}}}, manifest, tmp_path)
+    assert "<script" not in (tmp_path / "proof.html").read_text()

@@ -1,0 +1,148 @@
+"""The engine: whole characters, its own child, and files that it must never see."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import time
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lorikeet.engine import HttpEngine, LlamaEngine
+from lorikeet.errors import EngineError, InputError, RequestError
+from lorikeet.export.gguf import write_gguf
+from lorikeet.gguf_header import read_header
+from lorikeet.messages import Message
+
+HELLO = [Message("user", "hello there")]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_model, path, quant="f16", name="tiny")
+    return path
+
+
+def test_a_streamed_answer_is_the_same_with_a_seed(gguf: Path) -> None:
+    with LlamaEngine(gguf) as engine:
+        first, second = (
+            [d for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=4)] for _ in range(2)
+        )
+        other = "".join(d.text for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=5))
+    assert first == second
+    assert "".join(d.text for d in first) != other
+    assert first[-1].finish_reason in {"stop", "length"}
+    assert first[-1].usage is not None and first[-1].usage.completion_tokens <= 24
+    assert all(d.finish_reason is None for d in first[:-1])
+
+
+def test_only_whole_characters_are_streamed(gguf: Path) -> None:
+    """A random model says random bytes; pieces of characters must wait for the rest of theirs."""
+    with LlamaEngine(gguf) as engine:
+        deltas = [d.text for seed in range(6) for d in engine.stream(HELLO, max_tokens=40, temperature=2.0, seed=seed)]
+    assert any(ord(c) > 127 for text in deltas for c in text)
+    for text in deltas:
+        text.encode("utf-8")
+
+
+def test_the_limit_and_the_stop_are_kept(gguf: Path) -> None:
+    with LlamaEngine(gguf) as engine:
+        *_, last = engine.stream(HELLO, max_tokens=3, temperature=0.0, seed=0)
+        assert (last.finish_reason, last.usage and last.usage.completion_tokens) == ("length", 3)
+        text = "".join(d.text for d in engine.stream(HELLO, max_tokens=30, temperature=0.0, seed=0))
+        stop = re.findall("[a-z]{2}", text)[1]
+        *parts, last = engine.stream(HELLO, max_tokens=30, temperature=0.0, seed=0, stop=[stop])
+        assert last.finish_reason == "stop"
+        assert "".join(d.text for d in parts) == text[: text.index(stop)]
+
+
+def test_a_conversation_that_does_not_fit_is_the_requests_fault(gguf: Path) -> None:
+    with LlamaEngine(gguf, context_tokens=64) as engine, pytest.raises(RequestError, match="context"):
+        list(engine.stream([Message("user", "words " * 400)]))
+
+
+def test_closing_the_stream_stops_the_generation(gguf: Path) -> None:
+    with LlamaEngine(gguf, context_tokens=400) as engine:
+        with closing(engine.stream(HELLO, max_tokens=300, temperature=1.0, seed=1)) as deltas:
+            next(deltas)
+        began = time.monotonic()
+        list(engine.stream(HELLO, max_tokens=2, seed=1))
+        assert time.monotonic() - began < 5
+
+
+def test_the_child_is_behind_a_key_and_on_loopback(gguf: Path) -> None:
+    with LlamaEngine(gguf) as engine:
+        url = str(engine._http.base_url)
+        assert url.startswith("http://127.0.0.1:")
+        assert httpx.post(f"{url}/completion", json={"prompt": "x"}).status_code == 401
+
+
+def test_a_child_that_dies_is_said_in_one_line(gguf: Path) -> None:
+    with LlamaEngine(gguf) as engine:
+        assert engine.healthy()
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"tiny.gguf: llama.cpp ended with -9"):
+            list(engine.stream(HELLO))
+        assert not engine.healthy()
+
+
+def test_the_child_ends_with_its_engine(gguf: Path) -> None:
+    engine = LlamaEngine(gguf)
+    process = engine._process
+    engine.close()
+    engine.close()
+    assert process.poll() is not None
+
+
+def test_a_remote_engine_is_the_same_protocol(gguf: Path) -> None:
+    with LlamaEngine(gguf) as local:
+        key = local._http.headers["Authorization"].removeprefix("Bearer ")
+        with HttpEngine.connect(f"{local._http.base_url}/v1", api_key=key) as remote:
+            assert remote.healthy()
+            mine = [d.text for d in local.stream(HELLO, max_tokens=8, temperature=0.0, seed=1)]
+            assert [d.text for d in remote.stream(HELLO, max_tokens=8, temperature=0.0, seed=1)] == mine
+
+
+def test_nobody_at_the_url_is_one_line() -> None:
+    with pytest.raises(EngineError, match="does not answer"):
+        HttpEngine.connect("http://127.0.0.1:9")
+
+
+def test_the_header_is_read_whole(gguf: Path) -> None:
+    header = read_header(gguf)
+    assert header.metadata["general.architecture"] == "llama"
+    assert header.tensors["token_embd.weight"][0] == 64
+
+
+def test_a_truncated_file_never_reaches_the_engine(gguf: Path, tmp_path: Path) -> None:
+    whole = gguf.read_bytes()
+    path = tmp_path / "cut.gguf"
+    for size in [*range(5, 3000, 97), len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="cut.gguf is damaged or truncated"):
+            LlamaEngine(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a GGUF file"),
+        (b"hello", "not a GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40), "damaged"),
+        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "no language model"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), "damaged"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 9, 2**33), "damaged"),
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        read_header(path)
