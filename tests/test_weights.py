@@ -134,7 +134,7 @@ def test_a_hub_model_and_dataset_are_fetched_at_their_revision(tmp_path: Path) -
         data = resolve_in_child("data", "birds/talk", endpoint, tmp_path / "home")
         assert (Path(data.stdout.strip()) / "train.jsonl").is_file()
     again = resolve_in_child("model", "birds/tiny", endpoint, tmp_path / "home")
-    assert again.stdout == done.stdout, "what is cached is used when the hub is gone"
+    assert again.stdout == done.stdout, again.stderr
 
 
 @pytest.mark.parametrize(

@@ -263,23 +263,29 @@ def _snapshot(name: str, *, kind: str, patterns: tuple[str, ...]) -> Path:
     except RepositoryNotFoundError as error:
         raise InputError(f"there is no {kind} {repo} at {endpoint}; check the name, or {advice}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        return _cached_snapshot(repo, revision, kind, endpoint, advice, error)
+        return _cached_snapshot(repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}")
     except Exception as error:
         # The client's own connection errors: which HTTP library raises them differs between its versions.
         if type(error).__module__.partition(".")[0] not in {"httpx", "httpx2", "huggingface_hub"}:
             raise
-        return _cached_snapshot(repo, revision, kind, endpoint, advice, error)
+        return _cached_snapshot(repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}")
 
 
-def _cached_snapshot(repo: str, revision: str, kind: str, endpoint: str, advice: str, error: Exception) -> Path:
-    """Return the snapshot that is in the hub's cache already. Raises HubError if there is none."""
+def _cached_snapshot(
+    repo: str, revision: str, kind: str, patterns: tuple[str, ...], error: Exception, *, advice: str
+) -> Path:
+    """Return the snapshot that is in the hub's cache already. Raises HubError with `advice` if there is no whole one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision or None, repo_type=kind, local_files_only=True))
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, repo_type=kind, allow_patterns=list(patterns), local_files_only=True
+            )
+        )
     except LocalEntryNotFoundError:
-        raise HubError(f"cannot reach the hub at {endpoint} for {repo}; {advice}") from error
+        raise HubError(advice) from error
 
 
 def _unpack(package: Package, target: Path) -> None:
