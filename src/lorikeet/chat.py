@@ -41,9 +41,7 @@ def chat(engine: Engine, *, system_prompt: str, max_tokens: int, temperature: fl
             history.append(Message("assistant", answer))
 
 
-def _answer(
-    engine: Engine, history: list[Message], system_prompt: str, *, max_tokens: int, temperature: float
-) -> str:
+def _answer(engine: Engine, history: list[Message], system_prompt: str, *, max_tokens: int, temperature: float) -> str:
     """Print the answer as it comes and return what was printed."""
     text = ""
     messages = Conversation(tuple(history)).with_system(system_prompt).messages

@@ -266,7 +266,9 @@ def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, s
     if target in PACKAGES and any(file.endswith(".gguf") for file in PACKAGES[target].files):
         return packaged_gguf(target), SYSTEM_PROMPT, target
     if path.is_dir():
-        raise InputError(f"{target} is a folder but not a run (no run.json); name a run, a GGUF file, {PACKAGED_MODEL} or a URL")
+        raise InputError(
+            f"{target} is a folder but not a run (no run.json); name a run, a GGUF file, {PACKAGED_MODEL} or a URL"
+        )
     raise InputError(f"{target} is not there; name a run folder, a GGUF file, {PACKAGED_MODEL} or a URL")
 
 
@@ -297,5 +299,3 @@ def _fail(*parts: str, code: int) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
-
-

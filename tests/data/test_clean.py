@@ -28,7 +28,8 @@ def test_the_parts_are_disjoint_complete_and_stable() -> None:
 
 def test_a_question_is_never_in_two_parts() -> None:
     rows = [
-        Conversation((Message("user", f"question {n // 4}"), Message("assistant", f"answer {n}")), str(n)) for n in range(120)
+        Conversation((Message("user", f"question {n // 4}"), Message("assistant", f"answer {n}")), str(n))
+        for n in range(120)
     ]
     parts = split(rows, validation_share=0.1, heldout_share=0.1, seed=3)
     questions = [{c.messages[0].content for c in part} for part in (parts.train, parts.validation, parts.heldout)]

@@ -150,6 +150,10 @@ def test_spoken_carries_its_system_turn_and_rendered_sources() -> None:
 
 
 def test_the_optional_files_load(shared: Path) -> None:
-    for name, layout, count in (("instruct-2k.jsonl", "messages", 2000), ("sharegpt-200.json", "sharegpt", 200), ("alpaca-200.json", "alpaca", 200)):
+    for name, layout, count in (
+        ("instruct-2k.jsonl", "messages", 2000),
+        ("sharegpt-200.json", "sharegpt", 200),
+        ("alpaca-200.json", "alpaca", 200),
+    ):
         loaded = load_conversations(str(shared / "chat" / name))
         assert (loaded.layout, len(loaded.conversations), loaded.broken) == (layout, count, [])

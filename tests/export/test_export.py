@@ -37,7 +37,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuned_run(tmp_path: Path, model: Path) -> RunFolder:
     data = write_jsonl(tmp_path / "chats.jsonl", make_conversations())
-    config = TuneConfig(model=str(model), data=str(data), max_steps=6, learning_rate=1e-2, lora_alpha=32, dtype="float32")
+    config = TuneConfig(
+        model=str(model), data=str(data), max_steps=6, learning_rate=1e-2, lora_alpha=32, dtype="float32"
+    )
     return loop.tune(config, out=tmp_path / "run")
 
 
@@ -48,7 +50,9 @@ def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, family: str, tied
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     adapted = PeftModel.from_pretrained(base, str(run.root / "adapter")).eval()
     merged = AutoModelForCausalLM.from_pretrained(run.root / "merged", dtype=torch.float32).eval()
-    rows = encode_all(PromptFormat.load(run.root / "adapter"), make_conversations(6), max_length=200, on_long="error").rows
+    rows = encode_all(
+        PromptFormat.load(run.root / "adapter"), make_conversations(6), max_length=200, on_long="error"
+    ).rows
     ids = torch.tensor([rows[0].ids])
     with torch.no_grad():
         with_adapter, with_merged = adapted(input_ids=ids).logits, merged(input_ids=ids).logits
@@ -73,7 +77,9 @@ def test_the_served_template_gives_the_tuned_tokens(tmp_path: Path) -> None:
 
 def test_a_bos_is_written_once(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(bos="<|begin|>")
-    run = export(tuned_run(tmp_path, make_model(tmp_path / "base", tokenizer=tokenizer)).root, ExportConfig(quant=("q8_0",)))
+    run = export(
+        tuned_run(tmp_path, make_model(tmp_path / "base", tokenizer=tokenizer)).root, ExportConfig(quant=("q8_0",))
+    )
     prompt = PromptFormat.load(run.root / "adapter")
     messages = make_conversations(1)[0].messages[:1]
     with LlamaEngine(run.root / "gguf" / "model-q8_0.gguf") as engine:
@@ -98,14 +104,19 @@ def test_the_header_says_what_it_must(tmp_path: Path) -> None:
 def test_a_second_export_keeps_what_is_there(tmp_path: Path) -> None:
     run = tuned_run(tmp_path, make_model(tmp_path / "base"))
     export(run.root, ExportConfig())
-    times = {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file() and path.name != "run.json"}
+    times = {
+        path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file() and path.name != "run.json"
+    }
     export(run.root, ExportConfig())
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_the_base_is_written_the_same_way(tmp_path: Path) -> None:
     run = export(tuned_run(tmp_path, make_model(tmp_path / "base")).root, ExportConfig(quant=("q8_0",)))
-    base, tuned = read_header(base_gguf_path(run.manifest(), "q8_0")), read_header(run.root / "gguf" / "model-q8_0.gguf")
+    base, tuned = (
+        read_header(base_gguf_path(run.manifest(), "q8_0")),
+        read_header(run.root / "gguf" / "model-q8_0.gguf"),
+    )
     assert base.tensors == tuned.tensors
     assert {k: v for k, v in base.metadata.items() if k != "general.name"} == {
         k: v for k, v in tuned.metadata.items() if k != "general.name"

@@ -131,7 +131,9 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12))
     assert json.loads((run.reports / "proof.json").read_text()) == json.loads(json.dumps(proof))
     assert proof["heldout"]["n"] == 8
-    assert proof["heldout"]["difference"] == pytest.approx(proof["heldout"]["tuned_loss"] - proof["heldout"]["base_loss"])
+    assert proof["heldout"]["difference"] == pytest.approx(
+        proof["heldout"]["tuned_loss"] - proof["heldout"]["base_loss"]
+    )
     assert proof["heldout"]["ci95"][1] < 0
     checks = {check["name"]: check["pass"] for check in proof["checks"]}
     assert checks["prompt_parity"] and checks["heldout_loss"]
@@ -146,6 +148,10 @@ def test_answers_cannot_inject_into_the_report(tmp_path: Path, heldout: Heldout)
     nasty = "<script>alert(1)</script>"
     base = replace(measured(3.0), answers=[Answer(nasty, True, speakability(nasty))])
     proof = judge(base, measured(2.5, seed=1), heldout, ProveConfig(resamples=100))
-    manifest = {"base": {"id": nasty, "sha256": "0"}, "data": {"name": nasty, "sha256": {}}, "template": {"sha256": "0"}}
+    manifest = {
+        "base": {"id": nasty, "sha256": "0"},
+        "data": {"name": nasty, "sha256": {}},
+        "template": {"sha256": "0"},
+    }
     write_html({**proof, "files": {"tuned_sha256": {}}}, manifest, tmp_path)
     assert "<script" not in (tmp_path / "proof.html").read_text()

@@ -32,14 +32,20 @@ def test_a_packed_row_scores_as_its_conversations_do_alone(tiny_model: Path) -> 
 def test_the_loss_is_the_models_own(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     (row,) = rows_of(tiny_model, 1)
-    labels = torch.tensor([[token if counted else -100 for token, counted in zip(row.ids, row.supervised, strict=True)]])
+    labels = torch.tensor(
+        [[token if counted else -100 for token, counted in zip(row.ids, row.supervised, strict=True)]]
+    )
     expected = model(input_ids=torch.tensor([row.ids]), labels=labels).loss.item()
     assert mean_loss(model, [pack([row])], autocast_dtype=torch.float32) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
-    drawn = [tuple(b.ids.flatten().tolist()) for step in islice(steps(rows, batch_size=1, accumulation=2, seed=1), 12) for b in step]
+    drawn = [
+        tuple(b.ids.flatten().tolist())
+        for step in islice(steps(rows, batch_size=1, accumulation=2, seed=1), 12)
+        for b in step
+    ]
     everything = sorted(tuple(row.ids) for row in rows)
     assert sorted(drawn[:12]) == everything and sorted(drawn[12:]) == everything
     assert drawn[:12] != drawn[12:]
@@ -72,4 +78,9 @@ def test_nothing_to_learn_is_an_error(tiny_model: Path) -> None:
 
 
 def test_steps_are_counted_as_drawn() -> None:
-    assert [count_steps(n, conversations_per_step=8, epochs=e) for n, e in ((80, 1), (81, 1), (80, 2.5), (3, 0.1))] == [10, 11, 25, 1]
+    assert [count_steps(n, conversations_per_step=8, epochs=e) for n, e in ((80, 1), (81, 1), (80, 2.5), (3, 0.1))] == [
+        10,
+        11,
+        25,
+        1,
+    ]

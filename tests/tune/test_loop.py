@@ -32,7 +32,13 @@ from ..conftest import make_conversations, write_jsonl
 @pytest.fixture
 def config(tiny_model: Path, chats: Path) -> TuneConfig:
     return TuneConfig(
-        model=str(tiny_model), data=str(chats), max_steps=9, learning_rate=1e-2, eval_steps=4, save_steps=3, dtype="float32"
+        model=str(tiny_model),
+        data=str(chats),
+        max_steps=9,
+        learning_rate=1e-2,
+        eval_steps=4,
+        save_steps=3,
+        dtype="float32",
     )
 
 
@@ -51,7 +57,9 @@ def test_it_learns_and_writes_the_run_folder(config: TuneConfig, tmp_path: Path)
     assert manifest["tuned"]["best_val_loss"] < manifest["tuned"]["first_val_loss"] - 0.1
     rows = run.metrics()
     assert [row["step"] for row in rows] == list(range(10))
-    assert {"loss", "learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "rss_bytes", "elapsed_s"} <= rows[1].keys()
+    assert {"loss", "learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "rss_bytes", "elapsed_s"} <= rows[
+        1
+    ].keys()
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8, 9]
     assert (run.reports / "loss.png").read_bytes().startswith(b"\x89PNG")
     adapter = json.loads((run.root / "adapter" / "adapter_config.json").read_text())
@@ -108,9 +116,22 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(config: TuneConfig, tmp
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(config: TuneConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    flags = ["--model", config.model, "--data", config.data, "--max-steps", "4000", "--dtype", "float32", "--out", str(out)]
+    flags = [
+        "--model",
+        config.model,
+        "--data",
+        config.data,
+        "--max-steps",
+        "4000",
+        "--dtype",
+        "float32",
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lorikeet.cli import main; main()", "tune", *flags], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", "from lorikeet.cli import main; main()", "tune", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(RunFolder(out).metrics()) > 3):
@@ -128,7 +149,8 @@ def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
     """Two micro-batches of unequal length give the gradient of one batch of both (transformers' old mistake)."""
     prompt = PromptFormat.load(tiny_model)
     rows = sorted(
-        encode_all(prompt, make_conversations(8), max_length=200, on_long="error").rows, key=lambda row: row.supervised_tokens
+        encode_all(prompt, make_conversations(8), max_length=200, on_long="error").rows,
+        key=lambda row: row.supervised_tokens,
     )
     gradients = []
     for parts in ([rows], [rows[:7], rows[7:]]):
@@ -155,7 +177,9 @@ def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
         ({"model": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_bad_settings_leave_nothing_behind(config: TuneConfig, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_settings_leave_nothing_behind(
+    config: TuneConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         loop.tune(replace(config, **change), out=tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
@@ -178,7 +202,10 @@ def test_resume_refuses_changed_data(config: TuneConfig, chats: Path, tmp_path: 
 
 def test_time_bounds_the_run(config: TuneConfig, tmp_path: Path) -> None:
     began = time.monotonic()
-    run = loop.tune(replace(config, max_steps=0, epochs=1000, max_minutes=0.1, eval_steps=1000, save_steps=1000), out=tmp_path / "run")
+    run = loop.tune(
+        replace(config, max_steps=0, epochs=1000, max_minutes=0.1, eval_steps=1000, save_steps=1000),
+        out=tmp_path / "run",
+    )
     tuned = run.manifest()["tuned"]
     assert 1 < tuned["steps"] < 6000
     assert time.monotonic() - began < 30

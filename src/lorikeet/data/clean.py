@@ -42,9 +42,7 @@ def deduplicate(conversations: Sequence[Conversation]) -> list[Conversation]:
     return list(distinct.values())
 
 
-def split(
-    conversations: Sequence[Conversation], *, validation_share: float, heldout_share: float, seed: int
-) -> Split:
+def split(conversations: Sequence[Conversation], *, validation_share: float, heldout_share: float, seed: int) -> Split:
     """Return distinct `conversations` in three parts; each share is at least 8 and at most 200 conversations.
 
     Conversations that open with the same question go to the same part, so none is tested on a question it was
@@ -61,7 +59,9 @@ def split(
     first = _to_boundary(keyed, heldout_size)
     second = _to_boundary(keyed, first + validation_size)
     if second >= len(keyed):
-        raise InputError("nearly all conversations open with the same question, so none can be held out; give varied data")
+        raise InputError(
+            "nearly all conversations open with the same question, so none can be held out; give varied data"
+        )
     return Split(keyed[second:], keyed[first:second], keyed[:first])
 
 

@@ -96,7 +96,9 @@ def load_conversations(name: str) -> Loaded:
 def _check(name: str, conversations: list[Conversation], broken: list[Broken]) -> None:
     total = len(conversations) + len(broken)
     if not total:
-        raise InputError(f"{name} holds no rows; give at least 40 conversations, or use the packaged data: {PACKAGED_DATA}")
+        raise InputError(
+            f"{name} holds no rows; give at least 40 conversations, or use the packaged data: {PACKAGED_DATA}"
+        )
     if not conversations or len(broken) > BROKEN_SHARE * total:
         first = broken[0]
         raise InputError(
@@ -134,7 +136,9 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         elif suffix in {".json", ".jsonl", ".ndjson"}:
             yield from _json_rows(file)
         else:
-            raise InputError(f"{file}: {suffix or 'no'} ending is not one that can be read; give .json, .jsonl, .parquet or .csv")
+            raise InputError(
+                f"{file}: {suffix or 'no'} ending is not one that can be read; give .json, .jsonl, .parquet or .csv"
+            )
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -143,9 +147,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a JSON array, an object with one list in it, or JSON lines: told by the first character."""
     with file.open("rb") as raw:
         head = raw.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if head.startswith(b"["):
-        yield from _array_rows(file)
-    elif file.suffix.lower() == ".json" and not _first_line_is_whole(file):
+    if head.startswith(b"[") or (file.suffix.lower() == ".json" and not _first_line_is_whole(file)):
         yield from _array_rows(file)
     else:
         yield from _line_rows(file)
@@ -168,7 +170,9 @@ def _array_rows(file: Path) -> Iterator[tuple[str, Any]]:
     except _RowError as error:
         raise InputError(f"{file}: {error}; save it as a JSON array or as JSON lines (.jsonl)") from error
     if isinstance(document, dict):
-        lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [
+            value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         keyed = {"messages", "conversations"} & set(document)
         document = [document] if keyed or len(lists) != 1 else lists[0]
     if not isinstance(document, list):
@@ -240,7 +244,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{file}:row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not a whole Parquet file ({str(error).splitlines()[0]}); write it again") from error
+        raise InputError(
+            f"{file} is not a whole Parquet file ({str(error).splitlines()[0]}); write it again"
+        ) from error
 
 
 def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
@@ -258,7 +264,9 @@ def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
             return layout, _checked(messages, where, row)
     if "instruction" in row and "output" in row:
         return "alpaca", _checked(_alpaca(row), where, row)
-    raise _RowError(f"has none of messages, conversations, instruction+output (it has: {', '.join(map(str, row)) or 'nothing'})")
+    raise _RowError(
+        f"has none of messages, conversations, instruction+output (it has: {', '.join(map(str, row)) or 'nothing'})"
+    )
 
 
 def _turns(turns: list[Any]) -> list[Message]:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import (
+    MODEL_ARCH,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
-    MODEL_ARCH,
     TokenType,
     get_tensor_name_map,
     quants,
@@ -55,9 +55,7 @@ FILE_TYPES = {
 }
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 PRE_TOKENIZERS = {
     ("digits", _GPT2): "smollm",
@@ -258,7 +256,9 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, config: dict[str, Any]) ->
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"].get("type") != "BPE":
-        raise InputError(f"{folder}: a {backend['model'].get('type')} tokenizer cannot be written as GGUF here; byte-level BPE can")
+        raise InputError(
+            f"{folder}: a {backend['model'].get('type')} tokenizer cannot be written as GGUF here; byte-level BPE can"
+        )
     added = tokenizer.added_tokens_decoder
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens, types = [], []
@@ -302,5 +302,7 @@ def pre_tokenizer(backend: dict[str, Any], folder: Path) -> str:
             pattern = _GPT2
     known = PRE_TOKENIZERS.get((digits, pattern))
     if known is None:
-        raise InputError(f"{folder}: its pre-tokenizer has no name in llama.cpp that is known here; it would split words otherwise")
+        raise InputError(
+            f"{folder}: its pre-tokenizer has no name in llama.cpp that is known here; it would split words otherwise"
+        )
     return known

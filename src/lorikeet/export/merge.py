@@ -73,7 +73,9 @@ def load_adapter(folder: Path) -> Adapter:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole adapter: {error}; tune again") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-        raise InputError(f"{folder} is a {config.get('peft_type')} adapter that cannot be merged here; only plain LoRA can")
+        raise InputError(
+            f"{folder} is a {config.get('peft_type')} adapter that cannot be merged here; only plain LoRA can"
+        )
     rank = config["r"]
     pairs = {}
     for name, a in loaded.items():
@@ -86,7 +88,9 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(pairs, scale)
 
 
-def merge(base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, all_: None) -> None:
+def merge(
+    base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, all_: None
+) -> None:
     """Write base + adapter to the folder `out`, which exists, in Hugging Face format.
 
     Weights are added in float32 and rounded once, to the base's own 16-bit type, or bfloat16 if the base has 32 bits.

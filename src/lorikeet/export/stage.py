@@ -35,7 +35,9 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     recorded = run.manifest()["base"]
     base = resolve_model(base_name(recorded))
     if model_identity(recorded["id"], base)["sha256"] != recorded["sha256"]:
-        raise InputError(f"{base} is not the model that {root} was tuned on (its weights differ); restore it, or tune again")
+        raise InputError(
+            f"{base} is not the model that {root} was tuned on (its weights differ); restore it, or tune again"
+        )
     weights_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     require_disk(root, int(weights_bytes * (1.1 + 2.2 * ("gguf" in wanted))))
     merged = _merged(run, base, adapter)

@@ -9,7 +9,9 @@ MOST_WORDS = 60
 """About 24 seconds at 150 words a minute; listeners lose the thread of a longer answer."""
 
 _STUMBLES = {
-    "markdown": re.compile(r"(\*\*|__|`|^\s{0,3}#{1,6}\s|^\s*([-*+•]|\d+[.)])\s|\[[^\]]+\]\([^)]+\)|^\s*\|)", re.MULTILINE),
+    "markdown": re.compile(
+        r"(\*\*|__|`|^\s{0,3}#{1,6}\s|^\s*([-*+•]|\d+[.)])\s|\[[^\]]+\]\([^)]+\)|^\s*\|)", re.MULTILINE
+    ),
     "link": re.compile(r"(https?://|www\.|\b[\w-]+@[\w-]+\.\w+|\b[\w-]+\.(com|org|net|io|example)\b)", re.IGNORECASE),
     "symbol": re.compile(r"[{}<>=\\^~|@#$%&€£°§©®™→←]|[\U0001f000-\U0001faff\u2600-\u27bf]"),
     "line break": re.compile(r"\S\s*\n\s*\S"),

@@ -95,7 +95,9 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     manifest = run.manifest()
     base_gguf = base_gguf_path(manifest, config.quant)
     if not base_gguf.is_file():
-        raise InputError(f"the base of {root} is not in the cache as {config.quant}; make it with: lorikeet export {root}")
+        raise InputError(
+            f"the base of {root} is not in the cache as {config.quant}; make it with: lorikeet export {root}"
+        )
     heldout_file = run.require("data/heldout.jsonl", command="lorikeet tune")
     run.verify("data/heldout.jsonl")
     prompt = PromptFormat.load(run.require("adapter", command="lorikeet tune"))

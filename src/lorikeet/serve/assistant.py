@@ -1,8 +1,8 @@
 """One turn: history and grounding in, events out. It knows no HTTP and no audio.
 
-    assistant = Assistant(engine, system_prompt="...", provider=provider)
-    for event in assistant.respond(messages, search="auto"):
-        match event: ...
+assistant = Assistant(engine, system_prompt="...", provider=provider)
+for event in assistant.respond(messages, search="auto"):
+    match event: ...
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ OPEN_PATHS = frozenset({"/health", "/login"})
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "SAMEORIGIN",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(self)",
 }
@@ -47,7 +47,9 @@ class TooLargeError(Exception):
     """The body went over its limit while it was being read."""
 
 
-def error_response(status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None) -> Response:
+def error_response(
+    status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None
+) -> Response:
     """Return an error in the shape that OpenAI's clients read."""
     return JSONResponse(error_body(message, kind=kind, code=code), status_code=status)
 
@@ -76,23 +78,22 @@ class Guard:
         if refusal is not None:
             await _refuse(refusal, scope, receive, send)
             return
-        limit = JSON_LIMIT_BYTES if scope["path"].startswith("/v1/chat") else UPLOAD_LIMIT_BYTES
-        started = False
+        limit = _limit_bytes(scope)
+        body = _Body(receive, limit)
 
-        async def counted_send(message: Message) -> None:
-            nonlocal started
+        async def dressed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                started = True
+                if body.too_large:  # however the application took it, this is why it failed
+                    raise TooLargeError
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
-            await self.app(scope, _limited(receive, limit), counted_send)
+            await self.app(scope, body, dressed)
         except TooLargeError:
-            if not started:
-                await _too_large(limit)(scope, receive, counted_send)
+            await _too_large(limit)(scope, receive, send)
 
     async def _refusal(self, scope: Scope, receive: Receive) -> Response | None:
         """Return why the request is not answered by the application, or None."""
@@ -104,7 +105,7 @@ class Guard:
         if origin and urlsplit(origin).netloc != headers.get("host"):
             return error_response(403, "requests from other sites are refused")
         length = headers.get("content-length", "0")
-        limit = JSON_LIMIT_BYTES if scope["path"].startswith("/v1/chat") else UPLOAD_LIMIT_BYTES
+        limit = _limit_bytes(scope)
         if not length.isdecimal() or int(length) > limit:
             return _too_large(limit)
         if self._key is None:
@@ -125,7 +126,9 @@ class Guard:
             morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             return False
-        return morsel is not None and any(hmac.compare_digest(morsel.value.encode(), s.encode()) for s in self._sessions)
+        return morsel is not None and any(
+            hmac.compare_digest(morsel.value.encode(), s.encode()) for s in self._sessions
+        )
 
     def _matches(self, token: str) -> bool:
         return self._key is not None and hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key)
@@ -135,7 +138,7 @@ class Guard:
         if scope["method"] != "POST":
             return HTMLResponse(LOGIN_PAGE % "", headers=HEADERS)
         body = b""
-        limited = _limited(receive, 4096)
+        limited = _Body(receive, 4096)
         try:
             while True:
                 message = await limited()
@@ -154,20 +157,27 @@ class Guard:
         return response
 
 
-def _limited(receive: Receive, limit_bytes: int) -> Receive:
-    """Return `receive`, raising TooLargeError once more than `limit_bytes` have come."""
-    total = 0
+class _Body:
+    """A request's body, read no further than its limit."""
 
-    async def counted() -> Message:
-        nonlocal total
-        message = await receive()
+    def __init__(self, receive: Receive, limit_bytes: int) -> None:
+        self._receive = receive
+        self._left_bytes = limit_bytes
+        self.too_large = False
+
+    async def __call__(self) -> Message:
+        """Return the next message. Raises TooLargeError once more than the limit has come."""
+        message = await self._receive()
         if message["type"] == "http.request":
-            total += len(message.get("body", b""))
-            if total > limit_bytes:
+            self._left_bytes -= len(message.get("body", b""))
+            if self._left_bytes < 0:
+                self.too_large = True
                 raise TooLargeError
         return message
 
-    return counted
+
+def _limit_bytes(scope: Scope) -> int:
+    return JSON_LIMIT_BYTES if scope["path"].startswith("/v1/chat") else UPLOAD_LIMIT_BYTES
 
 
 def _too_large(limit_bytes: int) -> Response:

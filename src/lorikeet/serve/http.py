@@ -195,12 +195,16 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         assistant = service.ready()
         if body.model not in {service.model_name, "default"}:
             message = f"there is no model {body.model!r}; served is {service.model_name!r}"
-            return JSONResponse(error_body(message, kind="invalid_request_error", code="model_not_found"), status_code=404)
+            return JSONResponse(
+                error_body(message, kind="invalid_request_error", code="model_not_found"), status_code=404
+            )
         messages = [turn.message() for turn in body.messages]
         if not messages[-1].content.strip():
             raise RequestError("messages: the last message is empty")
         events = assistant.respond(messages, search=body.lorikeet.search, sampling=body.sampling(service.sampling))
-        answer = _Answer(service.model_name, include_usage=bool(body.stream_options and body.stream_options.include_usage))
+        answer = _Answer(
+            service.model_name, include_usage=bool(body.stream_options and body.stream_options.include_usage)
+        )
         source = _in_thread(events, request)
         first = await anext(source, None)  # what the engine refuses is a status, not a broken stream
         if body.stream:
@@ -221,7 +225,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise RequestError(f"model: there is no {model!r}; served is {service.ears.name!r}")
         data = await file.read()
         transcript = await to_thread.run_sync(lambda: service.ears.transcribe(decode(data)))  # type: ignore[union-attr]
-        return PlainTextResponse(transcript.text) if response_format == "text" else JSONResponse({"text": transcript.text})
+        return (
+            PlainTextResponse(transcript.text) if response_format == "text" else JSONResponse({"text": transcript.text})
+        )
 
     @app.post("/v1/audio/speech", response_model=None)
     async def speak(body: SpeechRequest) -> Response:
@@ -231,7 +237,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         if voice is None:
             raise MachineError("the voice is off; start with --voice hibari")
         if body.model not in USUAL_NAMES | {voice.name} or body.voice not in USUAL_VOICES | {voice.name}:
-            raise RequestError(f"model, voice: there is no {body.model!r} with {body.voice!r}; served is {voice.name!r}")
+            raise RequestError(
+                f"model, voice: there is no {body.model!r} with {body.voice!r}; served is {voice.name!r}"
+            )
         text = spoken(body.input)
         if not text:
             raise RequestError("input: there is nothing in it to be spoken")
@@ -301,7 +309,14 @@ class _Answer:
                     elif isinstance(event, Done):
                         yield self._chunk({}, event.finish_reason)
                         if self._include_usage:
-                            yield _event({**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(event)})
+                            yield _event(
+                                {
+                                    **self._common,
+                                    "object": "chat.completion.chunk",
+                                    "choices": [],
+                                    "usage": _usage(event),
+                                }
+                            )
             except LorikeetError as error:
                 yield _event(error_body(str(error), kind=_status(error)[1]))
         yield "data: [DONE]\n\n"

@@ -1,6 +1,6 @@
 """How serving starts and ends: listen at once, load in the background, say when it is ready, end within a bound.
 
-    serve(gguf, ServeConfig(), system_prompt="...", model_name="mine")
+serve(gguf, ServeConfig(), system_prompt="...", model_name="mine")
 """
 
 from __future__ import annotations
@@ -117,5 +117,3 @@ def _listen(config: ServeConfig) -> socket.socket:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-

@@ -49,7 +49,9 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
                     raise InputError(f"{name} is longer than {max_seconds:g} seconds; give a shorter one")
             parts += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
     except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-        raise InputError(f"{name} is not an audio file that can be read; give a WAV, FLAC, MP3, OGG or WebM file") from error
+        raise InputError(
+            f"{name} is not an audio file that can be read; give a WAV, FLAC, MP3, OGG or WebM file"
+        ) from error
     if not sum(part.size for part in parts):
         raise InputError(f"{name} is empty; record something first")
     samples = np.concatenate(parts).astype(np.float32, copy=False)

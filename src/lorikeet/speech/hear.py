@@ -1,7 +1,7 @@
 """Speech to text: Whisper through faster-whisper.
 
-    ears = load_ears("whisper-tiny.en")
-    ears.transcribe(samples).text
+ears = load_ears("whisper-tiny.en")
+ears.transcribe(samples).text
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class WhisperEars:
             return Transcript("", duration_s)
         with self._lock:
             segments, _ = self._model.transcribe(
-                samples, language="en" if self.name.endswith(".en") else None, beam_size=1, condition_on_previous_text=False
+                samples,
+                language="en" if self.name.endswith(".en") else None,
+                beam_size=1,
+                condition_on_previous_text=False,
             )
             spoken = [
                 segment.text.strip()
@@ -63,7 +66,9 @@ def load_ears(name: str, *, threads: int = 2) -> Ears:
     sizes = _sizes()
     if name.removeprefix("whisper-") in sizes:
         return WhisperEars(name, _load(name.removeprefix("whisper-"), threads))
-    raise InputError(f"--ears {name} is not known; packaged is whisper-tiny.en, sizes are {', '.join(sizes)}, or name a folder, or off")
+    raise InputError(
+        f"--ears {name} is not known; packaged is whisper-tiny.en, sizes are {', '.join(sizes)}, or name a folder, or off"
+    )
 
 
 def _sizes() -> list[str]:
@@ -82,4 +87,6 @@ def _load(source: str, threads: int) -> Any:
     try:
         return WhisperModel(source, device="cpu", compute_type="int8", cpu_threads=threads, num_workers=1)
     except (RuntimeError, OSError, ValueError) as error:
-        raise MachineError(f"cannot load the ears {source}: {str(error).splitlines()[0]}; the packaged one is whisper-tiny.en") from error
+        raise MachineError(
+            f"cannot load the ears {source}: {str(error).splitlines()[0]}; the packaged one is whisper-tiny.en"
+        ) from error

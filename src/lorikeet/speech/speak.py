@@ -1,7 +1,7 @@
 """Text to speech, and what of a text is spoken.
 
-    voice = load_voice("hibari")
-    for samples in voice.speak(spoken("**Hello**, see https://lorikeet.example")): ...
+voice = load_voice("hibari")
+for samples in voice.speak(spoken("**Hello**, see https://lorikeet.example")): ...
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _CODE_BLOCK = re.compile(r"```.*?(```|\Z)", re.DOTALL)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _URL = re.compile(r"(https?://|www\.)[^\s<>\")\]]+")
 _CITATION = re.compile(r"\s?\[\d+\]")
-_MARKS = re.compile(r"(\*\*|__|~~|`|^\s{0,3}#{1,6}\s+|^\s{0,3}>\s?|^\s*[-*+•]\s+|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)|\|)", re.MULTILINE)
+_MARKS = re.compile(
+    r"(\*\*|__|~~|`|^\s{0,3}#{1,6}\s+|^\s{0,3}>\s?|^\s*[-*+•]\s+|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)|\|)", re.MULTILINE
+)
 _RULE = re.compile(r"^\s*([-*_=]\s*){3,}$", re.MULTILINE)
 _EMOJI = re.compile(
     "[\U0001f000-\U0001faff\U00002600-\U000027bf\U0001f1e6-\U0001f1ff\u2190-\u21ff\u2b00-\u2bff\ufe0e\ufe0f\u200d\u20e3]+"

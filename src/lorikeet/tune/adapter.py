@@ -1,8 +1,8 @@
 """The base model and its LoRA adapter: load, apply, count, save.
 
-    model = load_base(folder, dtype)
-    model = apply_lora(model, config)
-    save_adapter(model, folder)
+model = load_base(folder, dtype)
+model = apply_lora(model, config)
+save_adapter(model, folder)
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} is no causal language model that can be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{folder} is no causal language model that can be loaded: {str(error).splitlines()[0]}"
+        ) from error
     model.config.use_cache = False
     return model.to(device)
 

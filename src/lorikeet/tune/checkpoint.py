@@ -70,9 +70,7 @@ def latest(run: RunFolder) -> Path | None:
     return found[-1] if found else None
 
 
-def restore(
-    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> State:
+def restore(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
     """Set parameters, optimizer and random state to the checkpoint's and return its counters.
 
     Raises InputError if it does not belong to this run's adapter.

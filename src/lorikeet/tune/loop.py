@@ -105,7 +105,9 @@ def resume(root: Path) -> RunFolder:
         frozen = date.fromisoformat(manifest["template"]["date"])
         base, hashes = manifest["base"], manifest["data"]["sha256"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{root} stopped before tuning began, so there is nothing to resume; remove it and tune again") from error
+        raise InputError(
+            f"{root} stopped before tuning began, so there is nothing to resume; remove it and tune again"
+        ) from error
     base_folder, prompt, loaded, parts = _read(config)
     if {file.name: sha256_file(file) for file in loaded.files} != hashes:
         raise InputError(f"{config.data} has changed since {root} was started; tune into a new folder")
@@ -118,7 +120,15 @@ def resume(root: Path) -> RunFolder:
 
 def check(config: TuneConfig) -> None:
     """Raise InputError for a setting out of its range, naming it."""
-    positive = ("max_length", "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha")
+    positive = (
+        "max_length",
+        "learning_rate",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "lora_r",
+        "lora_alpha",
+    )
     positive += ("eval_steps", "save_steps", "save_total_limit", "max_grad_norm")
     for name in positive:
         if not getattr(config, name) > 0:
@@ -149,7 +159,9 @@ def _read(config: TuneConfig) -> tuple[Path, PromptFormat, Loaded, Split]:
     return base_folder, PromptFormat.load(base_folder), loaded, parts
 
 
-def _prepare(config: TuneConfig, base_folder: Path, prompt: PromptFormat, parts: Split) -> tuple[Prepared, dict[str, int]]:
+def _prepare(
+    config: TuneConfig, base_folder: Path, prompt: PromptFormat, parts: Split
+) -> tuple[Prepared, dict[str, int]]:
     """Encode the parts and return them with their counts."""
 
     def encode(conversations: list[Conversation]) -> Any:
@@ -200,9 +212,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     run.update(dtype=str(dtype).removeprefix("torch."), device=device.type)
 
     per_step = config.batch_size * config.gradient_accumulation_steps
-    total = config.max_steps or count_steps(
-        len(prepared.train), conversations_per_step=per_step, epochs=config.epochs
-    )
+    total = config.max_steps or count_steps(len(prepared.train), conversations_per_step=per_step, epochs=config.epochs)
     newest = checkpoint.latest(run)
     if newest:
         state = checkpoint.restore(newest, parameters, optimizer)
@@ -333,7 +343,9 @@ def _validate(
     """Append the step's row with its validation loss; return the state, the best step in it."""
     device = next(model.parameters()).device
     loss = mean_loss(model, [batch.to(device) for batch in batches], autocast_dtype=dtype)
-    run.append_metrics({**(row or {"step": state.step, "elapsed_s": 0.0, "rss_bytes": resident_bytes()}), "val_loss": loss})
+    run.append_metrics(
+        {**(row or {"step": state.step, "elapsed_s": 0.0, "rss_bytes": resident_bytes()}), "val_loss": loss}
+    )
     return replace(state, best_step=state.step, best_loss=loss) if loss < state.best_loss else state
 
 

@@ -23,7 +23,9 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     axes.plot(steps, running_mean(losses), color=GREEN, linewidth=2, label="training, running mean")
     validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     if validated:
-        axes.plot(*zip(*validated, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=2, label="validation")
+        axes.plot(
+            *zip(*validated, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=2, label="validation"
+        )
         best = min(validated, key=lambda point: point[1])
         axes.annotate(
             f"best {best[1]:.3f} at step {best[0]}",

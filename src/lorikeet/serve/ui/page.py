@@ -89,7 +89,12 @@ def build_page(parts: Parts) -> Any:
         )
         with gr.Row(elem_id="ask", equal_height=True):
             question = gr.Textbox(
-                placeholder="Ask something", show_label=False, container=False, autofocus=True, scale=8, elem_id="question",
+                placeholder="Ask something",
+                show_label=False,
+                container=False,
+                autofocus=True,
+                scale=8,
+                elem_id="question",
                 max_lines=6,
             )
             send = gr.Button("Send", variant="primary", scale=1, min_width=84, elem_id="send")
@@ -97,15 +102,27 @@ def build_page(parts: Parts) -> Any:
             again = gr.Button("New", scale=1, min_width=84, elem_id="new")
         with gr.Row(elem_id="voice"):
             microphone = gr.Audio(
-                sources=["microphone", "upload"], type="filepath", label="Speak, or drop a recording", elem_id="microphone",
-                editable=False, buttons=[],
+                sources=["microphone", "upload"],
+                type="filepath",
+                label="Speak, or drop a recording",
+                elem_id="microphone",
+                editable=False,
+                buttons=[],
             )
             reply = gr.Audio(
-                label="Spoken answer", interactive=False, autoplay=True, elem_id="reply", buttons=["download"], format="wav",
+                label="Spoken answer",
+                interactive=False,
+                autoplay=True,
+                elem_id="reply",
+                buttons=["download"],
+                format="wav",
+                waveform_options=gr.WaveformOptions(waveform_color="#7ccaa9", waveform_progress_color="#127455"),
             )
         with gr.Row(elem_id="options"):
-            search = gr.Radio(SEARCH_CHOICES, value="auto", show_label=False, container=False, elem_id="search")
-            aloud = gr.Checkbox(label="Read answers aloud", elem_id="aloud", container=False)
+            search = gr.Radio(
+                SEARCH_CHOICES, value="auto", show_label=False, container=False, elem_id="search", min_width=420
+            )
+            aloud = gr.Checkbox(label="Read answers aloud", elem_id="aloud", container=False, min_width=180)
 
         typed = {"fn": talk.typed, "inputs": [question, history, chat, search, aloud]}
         outputs = [question, history, chat, reply]
@@ -117,6 +134,7 @@ def build_page(parts: Parts) -> Any:
             microphone.upload(talk.heard, heard_inputs, heard_outputs),
         ]
         stop.click(None, cancels=asked)
+        chat.clear(lambda: ([], None), outputs=[history, reply], cancels=asked)
         again.click(lambda: ([], [], None), outputs=[history, chat, reply], cancels=asked)
     page.queue(default_concurrency_limit=4, max_size=32)
     return page
@@ -180,7 +198,10 @@ class _Talk:
                 elif isinstance(event, Found):
                     shown = [*shown, _block(f"Looked up: {event.reason}", source_list(event.sources))]
                 elif isinstance(event, SearchFailed):
-                    shown = [*shown, _block(f"Looked up: {event.reason}", f"{_sentence(event.message)} Answering without it.")]
+                    shown = [
+                        *shown,
+                        _block(f"Looked up: {event.reason}", f"{_sentence(event.message)} Answering without it."),
+                    ]
                 elif isinstance(event, Text):
                     answer += event.text
                     yield history, [*shown, {"role": "assistant", "content": plain(answer)}], None
