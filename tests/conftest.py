@@ -17,7 +17,43 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "clever", "lorikeets", "sing", "about", "weather", "trains", "bread", "numbers", "colours", "music", "winter", "summer", "mountains", "rivers", "letters", "questions", "answers", "please", "thank", "you", "yes", "no", "maybe", "today", "tomorrow"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "while",
+    "seven",
+    "clever",
+    "lorikeets",
+    "sing",
+    "about",
+    "weather",
+    "trains",
+    "bread",
+    "numbers",
+    "colours",
+    "music",
+    "winter",
+    "summer",
+    "mountains",
+    "rivers",
+    "letters",
+    "questions",
+    "answers",
+    "please",
+    "thank",
+    "you",
+    "yes",
+    "no",
+    "maybe",
+    "today",
+    "tomorrow",
+]
 
 
 @pytest.fixture

@@ -51,12 +51,12 @@ def test_the_mask_covers_each_answer_and_its_end_and_nothing_else() -> None:
     prompt = PromptFormat(make_tokenizer())
     encoded = prompt.encode(talk("the fox", "yes", "dogs", "no"))
     pieces = [prompt.tokenizer.decode([token]) for token in encoded.ids]
-    expected = (
-        ["<|im_start|>", "user", "\n", "the", " fox", "<|im_end|>", "\n"]
-        + ["<|im_start|>", "assistant", "\n", "yes", "<|im_end|>", "\n"]
-        + ["<|im_start|>", "user", "\n", "dogs", "<|im_end|>", "\n"]
-        + ["<|im_start|>", "assistant", "\n", "no", "<|im_end|>", "\n"]
-    )
+    turns = [("user", "the fox"), ("assistant", "yes"), ("user", "dogs"), ("assistant", "no")]
+    expected = [
+        piece
+        for role, text in turns
+        for piece in ("<|im_start|>", role, "\n", *text.replace(" f", "| f").split("|"), "<|im_end|>", "\n")
+    ]
     merged, marks = [], []
     for piece, counted in zip(pieces, encoded.supervised, strict=True):
         if merged and not merged[-1].endswith(("\n", ">")) and piece not in {"\n"} and not piece.startswith(("<", " ")):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,7 +212,7 @@ def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:
     if "--config" not in arguments and not any(a.startswith("--config=") for a in arguments):
         return [], arguments
     place = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--config")
-    name, given, value = arguments[place].partition("=")
+    _, given, value = arguments[place].partition("=")
     if not given and place + 1 == len(arguments):
         raise InputError("--config names no file; give a recipe such as recipes/quickstart.toml")
     path = Path(value if given else arguments[place + 1])
@@ -219,11 +221,25 @@ def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:
     import tomllib
 
     try:
-        tomllib.loads(path.read_text(encoding="utf-8"))
+        _check_recipe(path, tomllib.loads(path.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is no TOML file: {error}") from error
     rest = arguments[:place] + arguments[place + (1 if given else 2) :]
     return [Toml(path, must_exist=True, use_commands_as_keys=True)], rest
+
+
+def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """Raise InputError for a table or key that no stage has, naming the nearest."""
+    stages = {"tune": TuneConfig, "export": ExportConfig, "prove": ProveConfig, "serve": ServeConfig}
+    for stage, values in recipe.items():
+        if stage not in stages or not isinstance(values, dict):
+            raise InputError(f"{path}: [{stage}] is no stage; a recipe has the tables {', '.join(stages)}")
+        names = {field.name for field in fields(stages[stage])}
+        for key in values:
+            if key not in names:
+                nearest = get_close_matches(key, names, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"see: lorikeet {stage} --help"
+                raise InputError(f"{path}: [{stage}] has no {key}; {hint}")
 
 
 def _default_out(config: TuneConfig) -> Path:

@@ -1,8 +1,7 @@
-"""The run folder, the contract between stages: manifest, hashes, metrics, atomic writes.
+"""The run folder, the contract between stages: manifest, hashes, metrics.
 
     run = RunFolder.create(Path("runs/mine"), stage="tune", config={...})
-    with atomic_folder(run.root / "adapter") as folder: ...   # appears whole or not at all
-    run.record("adapter", run.root / "adapter")                # hashes, and the mark `complete`
+    run.record("adapter", run.root / "adapter")     # hashes, and the mark `complete`
     RunFolder.open(path).require("adapter", command="lorikeet tune")
 
 It does not know what the artefacts contain. Layout: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`,
@@ -11,116 +10,18 @@ It does not know what the artefacts contain. Layout: `run.json`, `metrics.jsonl`
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorikeet.errors import InputError, MachineError
+from lorikeet.errors import InputError
+from lorikeet.files import sha256_tree, write_atomic
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """Return the sha256 of `text` in UTF-8, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_tree(path: Path) -> dict[str, str]:
-    """Return the sha256 of every file at or below `path`, by its name relative to it (a file's own name if it is one)."""
-    if path.is_file():
-        return {path.name: sha256_file(path)}
-    return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """Return the MachineError for a full, read-only or failing disk; `error` itself if it is about something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}:
-        return MachineError(f"cannot write {path}: {error.strerror}; free some space there or fix its rights")
-    return error
-
-
-def require_disk(path: Path, needed_bytes: int) -> None:
-    """Raise MachineError if the disk that `path` is or will be on has less than `needed_bytes` free."""
-    parent = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise MachineError(
-            f"{parent} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed; free some or choose another disk"
-        )
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk and rename it into place; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it into place if the block ends well, else remove it.
-
-    Raises MachineError when the disk is at fault.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside `path` to fill; put it in place of `path` if the block ends well, else remove it.
-
-    Raises MachineError when the disk is at fault.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            beside.rename(path)
-            shutil.rmtree(old)
-        else:
-            beside.rename(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def environment() -> dict[str, Any]:

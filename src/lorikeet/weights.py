@@ -25,7 +25,7 @@ from typing import Any
 
 from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL
 from lorikeet.errors import HubError, InputError, MachineError, MissingExtraError
-from lorikeet.run import atomic_folder, sha256_file
+from lorikeet.files import atomic_folder, sha256_file
 
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
 DATA_PATTERNS = ("*.parquet", "*.jsonl", "*.json", "*.csv")
@@ -195,7 +195,7 @@ def quiet_transformers() -> None:
     """Turn off transformers' own progress bars; every stage shows its own."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
 
 
 def inventory() -> list[dict[str, Any]]:

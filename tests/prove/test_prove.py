@@ -125,7 +125,7 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     data = write_jsonl(tmp_path / "chats.jsonl", make_conversations(80))
     config = TuneConfig(model=str(tiny_model), data=str(data), max_steps=30, learning_rate=1e-2, dtype="float32")
     run = loop.tune(config, out=tmp_path / "run")
-    with pytest.raises(InputError, match="no complete gguf/model-q8_0.gguf; make it with: lorikeet export"):
+    with pytest.raises(InputError, match=r"no complete gguf/model-q8_0.gguf; make it with: lorikeet export"):
         prove(run.root, ProveConfig())
     export(run.root, ExportConfig(quant=("q8_0",)))
     proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12))

@@ -73,7 +73,7 @@ def write_gguf(
     quant: str,
     name: str,
     vocabulary: Path | None = None,
-    progress: Progress = lambda done, all_: None,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Write the model in `folder` to the file `out` as `f16` or `q8_0`, with the tokenizer in `vocabulary` or `folder`.
 
@@ -127,7 +127,11 @@ class _Entry:
     @property
     def dtype(self) -> type[np.generic]:
         """Type of the array that is written."""
-        return {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(self.kind, np.uint8)
+        floats: dict[GGMLQuantizationType, type[np.generic]] = {
+            GGMLQuantizationType.F32: np.float32,
+            GGMLQuantizationType.F16: np.float16,
+        }
+        return floats.get(self.kind, np.uint8)
 
     @property
     def raw_dtype(self) -> GGMLQuantizationType | None:
@@ -147,7 +151,8 @@ class _Entry:
         array = value.numpy()
         if self.raw_dtype is None:
             return array.astype(self.dtype)
-        return quants.quantize(array, self.kind)
+        packed: NDArray[Any] = quants.quantize(array, self.kind)
+        return packed
 
 
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -175,7 +180,8 @@ def rotary_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     turns = rope["original_max_position_embeddings"] / wavelengths
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    factors: NDArray[np.float32] = (1.0 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return factors
 
 
 def _family(config: dict[str, Any], folder: Path) -> Family:
@@ -188,7 +194,7 @@ def _family(config: dict[str, Any], folder: Path) -> Family:
 def _arch_name(family: Family) -> str:
     from gguf.constants import MODEL_ARCH_NAMES
 
-    return MODEL_ARCH_NAMES[family.arch]
+    return str(MODEL_ARCH_NAMES[family.arch])
 
 
 def _head_width(config: dict[str, Any]) -> int:

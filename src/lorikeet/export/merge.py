@@ -88,9 +88,7 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(pairs, scale)
 
 
-def merge(
-    base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, all_: None
-) -> None:
+def merge(base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda *_: None) -> None:
     """Write base + adapter to the folder `out`, which exists, in Hugging Face format.
 
     Weights are added in float32 and rounded once, to the base's own 16-bit type, or bfloat16 if the base has 32 bits.

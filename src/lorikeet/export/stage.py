@@ -17,7 +17,8 @@ from lorikeet.config import ExportConfig
 from lorikeet.errors import InputError
 from lorikeet.export.gguf import write_gguf
 from lorikeet.export.merge import merge
-from lorikeet.run import RunFolder, atomic_file, atomic_folder, require_disk
+from lorikeet.files import atomic_file, atomic_folder, require_disk
+from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path, base_name, model_identity, resolve_model
 
 

@@ -85,4 +85,5 @@ def output_matrix(gguf: Path) -> NDArray[np.float32]:
     """
     by_name = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     tensor = by_name.get("output.weight") or by_name["token_embd.weight"]
-    return quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    matrix: NDArray[np.float32] = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    return matrix

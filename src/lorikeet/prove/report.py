@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorikeet.run import write_atomic
+from lorikeet.files import write_atomic
 
 CHECK_MEANINGS = {
     "heldout_loss": "Upper end of the 95 % interval of tuned minus base loss",

@@ -28,13 +28,14 @@ from lorikeet.config import ProveConfig
 from lorikeet.data.load import load_conversations
 from lorikeet.engine import LlamaEngine
 from lorikeet.errors import InputError
+from lorikeet.files import write_atomic
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.prove.compare import compare, ratio_interval
 from lorikeet.prove.likelihood import Scorer, Scores
 from lorikeet.prove.report import write_html
 from lorikeet.prove.speech import Speakability, speakability
-from lorikeet.run import RunFolder, write_atomic
+from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path
 
 ENDING_TOLERANCE = 0.25

@@ -189,4 +189,6 @@ async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send
         await response(scope, receive, send)
         return
     await receive()
-    await send({"type": "websocket.close", "code": 4401, "reason": json.loads(response.body)["error"]["message"]})
+    await send(
+        {"type": "websocket.close", "code": 4401, "reason": json.loads(bytes(response.body))["error"]["message"]}
+    )

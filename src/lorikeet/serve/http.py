@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -57,7 +57,7 @@ class Service:
     assistant: Assistant | None = None
     ears: Ears | None = None
     voice: Voice | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
     def ready(self) -> Assistant:
         """Return the assistant. Raises MachineError while it is not ready."""

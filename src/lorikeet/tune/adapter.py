@@ -51,7 +51,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             f"{folder} is no causal language model that can be loaded: {str(error).splitlines()[0]}"
         ) from error
     model.config.use_cache = False
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]  # a decorator hides that it takes a device
 
 
 def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
@@ -69,7 +69,7 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
         )
     lora = LoraConfig(
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; it says int and takes both
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
@@ -81,7 +81,7 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return tuned  # type: ignore[return-value]  # PEFT says PeftMixedModel is possible; mixed=False is the default
+    return tuned
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import InputError
-from lorikeet.run import RunFolder, atomic_folder
+from lorikeet.files import atomic_folder
+from lorikeet.run import RunFolder
 
 STATE = "state.json"
 ADAPTER = "adapter.safetensors"

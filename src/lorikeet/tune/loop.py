@@ -30,9 +30,10 @@ from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted
+from lorikeet.files import atomic_file, atomic_folder, sha256_file, sha256_text, write_atomic
 from lorikeet.messages import Conversation
 from lorikeet.prompt import PromptFormat, freeze_dates
-from lorikeet.run import RunFolder, atomic_file, atomic_folder, sha256_file, sha256_text, write_atomic
+from lorikeet.run import RunFolder
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype, save_adapter, trained_parameters
 from lorikeet.tune.batches import Batch, count_steps, encode_all, pack, steps
@@ -101,7 +102,7 @@ def resume(root: Path) -> RunFolder:
         raise InputError(f"{root} is tuned already; go on with: lorikeet export {root}")
     try:
         fields = manifest["config"]["tune"]
-        config = TuneConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
+        config = TuneConfig(**(fields | {"target_modules": tuple(fields["target_modules"])}))
         frozen = date.fromisoformat(manifest["template"]["date"])
         base, hashes = manifest["base"], manifest["data"]["sha256"]
     except (KeyError, TypeError) as error:
@@ -120,7 +121,7 @@ def resume(root: Path) -> RunFolder:
 
 def check(config: TuneConfig) -> None:
     """Raise InputError for a setting out of its range, naming it."""
-    positive = (
+    for name in (
         "max_length",
         "learning_rate",
         "epochs",
@@ -128,9 +129,11 @@ def check(config: TuneConfig) -> None:
         "gradient_accumulation_steps",
         "lora_r",
         "lora_alpha",
-    )
-    positive += ("eval_steps", "save_steps", "save_total_limit", "max_grad_norm")
-    for name in positive:
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "max_grad_norm",
+    ):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; it must be above 0")
     for name in ("max_steps", "max_minutes", "weight_decay"):
@@ -235,7 +238,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     )
     began = time.monotonic() - state.elapsed_s
     model.train()
-    with _interruptible() as interrupted, _progress(state, config) as show:
+    with _interruptible() as interrupted, _progress(state) as show:
         while state.step < state.total_steps and not _time_is_up(config, state):
             step_began = time.monotonic()
             rate = learning_rate(
@@ -414,7 +417,7 @@ def _interruptible() -> Iterator[Any]:
     """Give a function that says whether Ctrl-C or SIGTERM came; a second Ctrl-C ends at once."""
     came: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
@@ -429,7 +432,7 @@ def _interruptible() -> Iterator[Any]:
 
 
 @contextmanager
-def _progress(state: checkpoint.State, config: TuneConfig) -> Iterator[Any]:
+def _progress(state: checkpoint.State) -> Iterator[Any]:
     """Give a function that shows a step: a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
     columns = (
