@@ -41,9 +41,9 @@ class TuneConfig:
     on_long: Literal["error", "truncate", "drop"] = "truncate"
     """What happens to conversations that are longer."""
     validation_share: float = 0.05
-    """Share of the conversations kept for validation (at least 8, at most 200)."""
+    """Share of the conversations kept for validation (at least 8, at most 100)."""
     heldout_share: float = 0.1
-    """Share of the conversations that tuning never sees, for `prove` (at least 8, at most 200)."""
+    """Share of the conversations that tuning never sees, for `prove` (at least 8, at most 100)."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     epochs: float = 1.0

@@ -15,7 +15,7 @@ from lorikeet.errors import InputError
 from lorikeet.messages import Conversation
 
 LEAST_PART = 8
-MOST_PART = 200
+MOST_PART = 100
 LEAST_CONVERSATIONS = 3 * LEAST_PART
 
 
@@ -43,7 +43,7 @@ def deduplicate(conversations: Sequence[Conversation]) -> list[Conversation]:
 
 
 def split(conversations: Sequence[Conversation], *, validation_share: float, heldout_share: float, seed: int) -> Split:
-    """Return distinct `conversations` in three parts; each share is at least 8 and at most 200 conversations.
+    """Return distinct `conversations` in three parts; each share is at least 8 and at most 100 conversations.
 
     Conversations that open with the same question go to the same part, so none is tested on a question it was
     trained on. Raises InputError if there are too few.

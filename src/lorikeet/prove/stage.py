@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ from lorikeet.prove.speech import Speakability, speakability
 from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path
 
+MOST_STRANGERS = 40
+"""Answers scored after a stranger's question: the effect is large, so few conversations show it."""
+
 ENDING_TOLERANCE = 0.25
 """How much rarer the tuned model's answers may end by themselves: three of twelve."""
 
@@ -51,7 +54,7 @@ class Heldout:
     conversations: list[Conversation]
     own: list[Encoded]
     strangers: list[Encoded]
-    """The last answer of each after the context of another; only that answer is supervised."""
+    """The last answer of the first ones after the context of another; only that answer is supervised."""
     skipped: int
     """Conversations longer than max_length, or that the template refuses."""
 
@@ -77,6 +80,7 @@ class Measured:
 
     own: Scores
     strangers: Scores
+    """Empty for the base, which is not asked."""
     answers: list[Answer]
     parity: int
     """Questions whose tokens from the file's own template and tokenizer equal those of tuning."""
@@ -104,8 +108,8 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     prompt = PromptFormat.load(run.require("adapter", command="lorikeet tune"))
     conversations = load_conversations(str(heldout_file)).conversations
     heldout = encode_heldout(prompt, conversations, max_length=manifest["config"]["tune"]["max_length"])
-    with _progress(4 * len(heldout.own) + 2 * min(config.answers, len(heldout.own))) as done:
-        base = measure(base_gguf, heldout, prompt, config, done)
+    with _progress(2 * len(heldout.own) + len(heldout.strangers) + 2 * min(config.answers, len(heldout.own))) as done:
+        base = measure(base_gguf, replace(heldout, strangers=[]), prompt, config, done)
         tuned = measure(tuned_gguf, heldout, prompt, config, done)
     proof = judge(base, tuned, heldout, config)
     proof["files"] = {"tuned": name, "tuned_sha256": manifest["artefacts"][name]["sha256"], "base": manifest["base"]}
@@ -129,7 +133,7 @@ def encode_heldout(prompt: PromptFormat, conversations: Sequence[Conversation], 
     if len(kept) < 2:
         raise InputError(f"{len(kept)} held-out conversations fit into {max_length} tokens; at least 2 are needed")
     strangers = []
-    for conversation, other in zip(kept, [*kept[1:], kept[0]], strict=True):
+    for conversation, other in zip(kept[:MOST_STRANGERS], [*kept[1:], kept[0]], strict=False):
         swapped = Conversation((*other.messages[:-1], conversation.messages[-1]), conversation.origin)
         strangers.append(only_last_answer(prompt.encode(swapped)))
     return Heldout(kept, own, strangers, len(conversations) - len(kept))
@@ -167,7 +171,7 @@ def measure(gguf: Path, heldout: Heldout, prompt: PromptFormat, config: ProveCon
 def judge(base: Measured, tuned: Measured, heldout: Heldout, config: ProveConfig) -> dict[str, Any]:
     """Return the proof: the verdict, its checks, and everything that the reports show."""
     difference = compare(base.own, tuned.own, resamples=config.resamples)
-    own_last = tuned.own.last(heldout.last_tokens)
+    own_last = Scores(tuned.own.by_token[: len(heldout.strangers)]).last(heldout.last_tokens)
     follows = ratio_interval(
         tuned.strangers.loss - own_last.loss, own_last.tokens, level=0.99, resamples=config.resamples, seed=1
     )

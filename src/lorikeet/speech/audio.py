@@ -40,14 +40,15 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
         with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise InputError(f"{name} holds no sound; give a WAV, FLAC, MP3, OGG or WebM file")
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=HEARING_HZ)
+            # The channels stay apart here: FFmpeg's own mix to mono makes equal channels 3 dB louder.
+            resampler = av.AudioResampler(format="fltp", rate=HEARING_HZ)
             for frame in container.decode(container.streams.audio[0]):
                 for resampled in resampler.resample(frame):
-                    parts.append(resampled.to_ndarray()[0])
+                    parts.append(resampled.to_ndarray().mean(axis=0))
                     total += parts[-1].size
                 if total > most:
                     raise InputError(f"{name} is longer than {max_seconds:g} seconds; give a shorter one")
-            parts += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
+            parts += [resampled.to_ndarray().mean(axis=0) for resampled in resampler.resample(None)]
     except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(
             f"{name} is not an audio file that can be read; give a WAV, FLAC, MP3, OGG or WebM file"

@@ -57,7 +57,10 @@ class DuckDuckGo:
             raise SearchError(f"DuckDuckGo did not answer within {DEADLINE_S} s") from error
         except DDGSException as error:
             if "No results" in str(error):
-                raise SearchError("DuckDuckGo found nothing, or is unreachable") from error
+                # ddgs reads "202 Ratelimit" as an empty page, so the two cannot be told apart.
+                raise SearchError(
+                    "DuckDuckGo gave no results: it found nothing, or refused because of too many searches"
+                ) from error
             raise SearchError("DuckDuckGo cannot be reached") from error
         sources = [Source(row.get("title", ""), row.get("href", ""), row.get("body", "")) for row in rows]
         sources = [source for source in sources if source.url.startswith(("http://", "https://")) and source.snippet]
