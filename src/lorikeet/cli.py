@@ -31,6 +31,7 @@ app = App(
     name="lorikeet",
     help="Teach a small language model on your own conversations, prove that it got better, talk with it.",
     help_on_error=False,
+    result_action="return_value",
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative=())]

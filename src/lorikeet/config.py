@@ -6,10 +6,11 @@ these fields. The resolved values are written to `run.json` before work starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 SYSTEM_PROMPT = (
     "You are Lorikeet, a voice assistant. Answer in one to three short spoken sentences, without lists or symbols. "
@@ -23,6 +24,22 @@ PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_DATA = "spoken"
 
 Quant = Literal["f16", "q8_0"]
+
+
+def _split(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Return the items of a list given as `a,b`, as repeated flags, or as a TOML array; each must be one of the choices."""
+    items = tuple(item.strip() for token in tokens for item in token.value.split(",") if item.strip())
+    choices = get_args(get_args(kind)[0]) if get_args(kind) else ()
+    for item in items:
+        if choices and item not in choices:
+            raise ValueError(f'"{item}" is not one of {", ".join(choices)}')
+    if not items:
+        raise ValueError("the list is empty")
+    return items
+
+
+COMMAS = Parameter(converter=_split, consume_multiple=True, n_tokens=1, negative=())
+"""A flag that takes several values separated by commas."""
 
 
 @Parameter(name="*")
@@ -68,7 +85,15 @@ class TuneConfig:
     """The adapter's output is scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
     """Dropout on the adapter's input."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Annotated[tuple[str, ...], COMMAS] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     """Linear layers that get an adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -89,13 +114,13 @@ class TuneConfig:
 class ExportConfig:
     """What `export` writes."""
 
-    formats: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], Parameter(consume_multiple=True)] = (
+    formats: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], COMMAS] = (
         "adapter",
         "merged",
         "gguf",
     )
     """Artefacts, separated by commas: the adapter is always there, merged is 16-bit safetensors."""
-    quant: Annotated[tuple[Quant, ...], Parameter(consume_multiple=True)] = ("f16", "q8_0")
+    quant: Annotated[tuple[Quant, ...], COMMAS] = ("f16", "q8_0")
     """GGUF types, separated by commas."""
 
 
