@@ -190,3 +190,10 @@ def test_texts_name_no_machine_and_no_registry() -> None:
                 if forbidden.search(line):
                     found.append(f"{name}:{number}: {line.strip()[:80]}")
     assert found == []
+
+
+def test_the_reference_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -29,7 +29,10 @@ from lorikeet.errors import InputError, LorikeetError
 
 app = App(
     name="lorikeet",
-    help="Teach a small language model on your own conversations, prove that it got better, talk with it.",
+    help=(
+        "Teach a small language model on your own conversations, prove that it got better, talk with it. "
+        "Every command takes --config FILE, a recipe such as recipes/quickstart.toml; flags beat the recipe."
+    ),
     help_on_error=False,
     result_action="return_value",
 )
