@@ -38,6 +38,8 @@ class State:
     """Lowest validation loss so far, in nats a token."""
     elapsed_s: float
     """Tuning time so far, over all sessions of the run."""
+    validation_s: float
+    """How long the first validation took."""
     tokens: int
     """Tokens seen so far."""
 

@@ -42,8 +42,8 @@ from lorikeet.tune.plot import plot_loss
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
 from lorikeet.weights import model_identity, resolve_model
 
-TIMED_STEPS = 3
-"""Steps that are timed, after one that warms up, before the schedule is fitted to --max-minutes."""
+FITTED_AT = 4
+"""After this many steps the schedule is fitted to --max-minutes; the first of them warms up and does not count."""
 
 SAFETY = 0.92
 """The share of the remaining time that the fitted schedule plans with."""
@@ -223,10 +223,11 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
         _say(f"going on from step {state.step} of {state.total_steps}")
     else:
         _keep_metrics_until(run, -1)
-        state = checkpoint.State(0, total, best_step=0, best_loss=float("inf"), elapsed_s=0.0, tokens=0)
+        state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
+        before = time.monotonic()
         state = _validate(run, state, model, prepared.validation, dtype)
-        if config.max_minutes:
-            state = _fit(config, state, model, parameters, prepared, dtype)
+        spent = time.monotonic() - before
+        state = replace(state, elapsed_s=spent, validation_s=spent)
         checkpoint.save(run, state, parameters, optimizer)
 
     stream = steps(
@@ -276,6 +277,8 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
                 "rss_bytes": resident_bytes(),
                 "elapsed_s": round(state.elapsed_s, 3),
             }
+            if config.max_minutes and state.step == FITTED_AT:
+                state = _fit(config, state, [*run.metrics(), row])
             last = state.step == state.total_steps or _time_is_up(config, state)
             if last or state.step % config.eval_steps == 0:
                 state = _validate(run, state, model, prepared.validation, dtype, row=row)
@@ -352,46 +355,21 @@ def _validate(
     return replace(state, best_step=state.step, best_loss=loss) if loss < state.best_loss else state
 
 
-def _fit(
-    config: TuneConfig,
-    state: checkpoint.State,
-    model: Any,
-    parameters: dict[str, torch.nn.Parameter],
-    prepared: Prepared,
-    dtype: torch.dtype,
-) -> checkpoint.State:
-    """Time a few steps whose gradients are thrown away and return the state with the total that fits the time."""
-    device, random = next(model.parameters()).device, torch.get_rng_state()
-    validation = prepared.validation
-    probe = steps(
-        prepared.train, batch_size=config.batch_size, accumulation=config.gradient_accumulation_steps, seed=config.seed
+def _fit(config: TuneConfig, state: checkpoint.State, rows: list[dict[str, Any]]) -> checkpoint.State:
+    """Return the state with the number of steps that fit the time, judged by the steps done so far but the first."""
+    timed = rows[-(FITTED_AT - 1) :]
+    step_s = sum(_step_s(row) for row in timed) / len(timed)
+    left = config.max_minutes * 60 * SAFETY - state.elapsed_s
+    more = steps_that_fit(left, step_s=step_s, validation_s=state.validation_s, eval_steps=config.eval_steps)
+    fitted = replace(state, total_steps=min(state.total_steps, state.step + more))
+    _say(
+        f"{step_s:.1f} s a step: {fitted.total_steps} of {state.total_steps} steps fit into {config.max_minutes:g} min"
     )
-    began = time.monotonic()
-    model.train()
-    marks = [began]
-    for _ in range(TIMED_STEPS + 1):
-        for batch in next(probe):
-            summed_loss(model, batch.to(device), autocast_dtype=dtype).backward()  # type: ignore[no-untyped-call]
-        marks.append(time.monotonic())
-    for parameter in parameters.values():
-        parameter.grad = None
-    torch.set_rng_state(random)
-    step_s = (marks[-1] - marks[1]) / TIMED_STEPS
-    mark = time.monotonic()
-    mean_loss(model, [validation[0].to(device)], autocast_dtype=dtype)
-    validation_s = (time.monotonic() - mark) * sum(b.tokens for b in validation) / validation[0].tokens
-    spent = time.monotonic() - began
-    left = config.max_minutes * 60 * SAFETY - spent
-    total = min(
-        state.total_steps,
-        steps_that_fit(left, step_s=step_s, validation_s=validation_s, eval_steps=config.eval_steps),
-    )
-    _say(f"{step_s:.1f} s a step: {total} of {state.total_steps} steps fit into {config.max_minutes:g} min")
-    return replace(state, total_steps=total, elapsed_s=spent)
+    return fitted
 
 
 def _time_is_up(config: TuneConfig, state: checkpoint.State) -> bool:
-    return bool(config.max_minutes) and state.elapsed_s >= config.max_minutes * 60
+    return bool(config.max_minutes) and state.step > 0 and state.elapsed_s >= config.max_minutes * 60
 
 
 def _keep_metrics_until(run: RunFolder, step: int) -> None:
@@ -454,7 +432,7 @@ def _progress(state: checkpoint.State) -> Iterator[Any]:
             left_s = each * (now.total_steps - now.step)
             left = f"{int(left_s // 60)}:{int(left_s % 60):02d}"
             loss = sum(mean[-20:]) / len(mean[-20:])
-            bar.update(task, completed=now.step, loss=loss, rate=row["tokens_per_s"], left=left)
+            bar.update(task, completed=now.step, total=now.total_steps, loss=loss, rate=row["tokens_per_s"], left=left)
             if not console.is_terminal and (now.step % 10 == 0 or now.step == now.total_steps):
                 _say(
                     f"step {now.step}/{now.total_steps}  loss {loss:.3f}  {row['tokens_per_s']:.0f} tokens/s  {left} left"

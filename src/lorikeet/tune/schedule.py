@@ -18,6 +18,6 @@ def learning_rate(step: int, *, total_steps: int, peak: float, warmup_ratio: flo
 
 
 def steps_that_fit(seconds: float, *, step_s: float, validation_s: float, eval_steps: int) -> int:
-    """Return how many steps, with their validations and one at the end, fit into `seconds`; at least 1."""
+    """Return how many steps, with their validations and one at the end, fit into `seconds`; 0 if none does."""
     per_step = step_s + validation_s / eval_steps
-    return max(1, int((seconds - validation_s) / per_step))
+    return max(0, int((seconds - validation_s) / per_step))
