@@ -176,10 +176,10 @@ def test_the_server_starts_answers_and_ends(tiny_model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--host", "0.0.0.0"], "give --api-key KEY"),
-        (["--host", "0.0.0.0", "--api-key", "short"], "shorter than 8"),
-        (["--port", "99999"], "not a port"),
-        (["--host", "203.0.113.7", "--api-key", "long enough"], "cannot listen on 203.0.113.7"),
+        (["--host", "0.0.0.0"], "give --api-key too"),
+        (["--host", "0.0.0.0", "--api-key", " "], "--api-key is empty"),
+        (["--port", "99999"], "--port 99999 is no port"),
+        (["--host", "203.0.113.7", "--api-key", "long enough"], "--host 203.0.113.7 is no address of this machine"),
         (["--search", "bing"], "--search bing is not known"),
         (["--voice", "zeus", "--port", "0"], "--voice zeus is not known"),
     ],

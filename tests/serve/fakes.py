@@ -1,31 +1,39 @@
-"""Small true implementations of the protocols: a scripted engine, a provider, ears and a voice."""
+"""Stand-ins that truly implement the protocols, and a server on a free port that ends by itself."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import uvicorn
 
 from lorikeet.errors import EngineError, RequestError
 from lorikeet.messages import Delta, Message, Source, Usage
 from lorikeet.serve.search.provider import SearchError
-from lorikeet.speech import Samples, Transcript
+from lorikeet.serve.server import Listener
+from lorikeet.speech import HEARING_HZ, Samples, Transcript
+
+API_KEY = "a key with spaces and ümlauts"
 
 
-class EchoEngine:
-    """Says the last message back, a character at a time; notes what it was asked and whether it was stopped."""
+class ScriptedEngine:
+    """Answers every conversation with the same pieces, and remembers what it was asked."""
 
-    name = "echo"
-
-    def __init__(self, *, delay_s: float = 0.0) -> None:
+    def __init__(self, *pieces: str, delay_s: float = 0.0) -> None:
+        self.name = "scripted"
+        self.pieces = pieces or ("Hello", " there", ".")
         self.delay_s = delay_s
         self.asked: list[list[Message]] = []
-        self.settings: list[dict[str, object]] = []
-        self.said = 0
-        self.stopped = threading.Event()
-        self.alive = True
+        self.options: list[dict[str, Any]] = []
+        self.given = 0
+        self.closed = threading.Event()
+        self.down = False
+        self.streams: list[Iterator[Delta]] = []
+        """Kept, so that only who closes a stream ends it, and not the collector."""
 
     def stream(
         self,
@@ -38,40 +46,45 @@ class EchoEngine:
         stop: Sequence[str] = (),
     ) -> Iterator[Delta]:
         self.asked.append(list(messages))
-        self.settings.append(
-            {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop)}
+        self.options.append(
+            {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": list(stop)}
         )
-        text = messages[-1].content.rsplit("\n", 1)[-1]
-        if "refuse" in text:
-            raise RequestError("the request exceeds the available context size")
-        finished = False
+        if self.down:
+            raise EngineError("the engine at nowhere does not answer")
+        if "too long" in messages[-1].content:
+            raise RequestError("the request exceeds the context size")
+        self.streams.append(self._pieces(max_tokens))
+        return self.streams[-1]
+
+    def _pieces(self, max_tokens: int) -> Iterator[Delta]:
         try:
-            for count, character in enumerate(text[:max_tokens]):
-                if text.startswith("break") and count == 5:
+            for number, piece in enumerate(self.pieces):
+                if number == max_tokens:
+                    yield Delta("", "length", Usage(7, number))
+                    return
+                if piece == "<fail>":
                     raise EngineError("the engine stopped in the middle of an answer; ask again")
-                self.said += 1
-                yield Delta(character)
                 time.sleep(self.delay_s)
-            cut = len(text) > max_tokens
-            yield Delta("", "length" if cut else "stop", Usage(7, min(len(text), max_tokens)))
-            finished = True
+                self.given += 1
+                yield Delta(piece)
+            yield Delta("", "stop", Usage(7, len(self.pieces)))
         finally:
-            if not finished:
-                self.stopped.set()
+            self.closed.set()
 
     def healthy(self) -> bool:
-        return self.alive
+        return not self.down
 
     def close(self) -> None:
-        self.alive = False
+        self.down = True
 
 
-class OneSource:
-    """Finds one page, or fails with a reason."""
+class ScriptedProvider:
+    """A search service with fixed results, or a failure."""
 
-    name = "test"
+    name = "scripted search"
 
-    def __init__(self, failure: str = "") -> None:
+    def __init__(self, *sources: Source, failure: str = "") -> None:
+        self.sources = list(sources)
         self.failure = failure
         self.queries: list[str] = []
 
@@ -79,24 +92,47 @@ class OneSource:
         self.queries.append(query)
         if self.failure:
             raise SearchError(self.failure)
-        return [Source("Tides <b>today</b>", "https://tides.example/a", "High water at 06:12.")]
-
-
-class LoudEars:
-    """Hears the loudness."""
-
-    name = "loud"
-
-    def transcribe(self, samples: Samples) -> Transcript:
-        return Transcript(f"level {np.abs(samples).max():.1f}", samples.size / 16_000)
+        return self.sources[:limit]
 
 
 class ToneVoice:
-    """Says every word as a tenth of a second of tone."""
+    """Says every sentence as a tone of a tenth of a second."""
 
     name = "tone"
-    sample_rate_hz = 8_000
+    sample_rate_hz = 24_000
 
     def speak(self, text: str) -> Iterator[Samples]:
-        for _ in text.split():
-            yield np.sin(np.arange(800) / 4).astype(np.float32) / 2
+        for sentence in filter(str.strip, text.split(".")):
+            time_s = np.arange(self.sample_rate_hz // 10) / self.sample_rate_hz
+            yield (0.4 * np.sin(2 * np.pi * (200 + 10 * len(sentence)) * time_s)).astype(np.float32)
+
+
+class CountingEars:
+    """Hears how long a sound is, and nothing in silence."""
+
+    name = "counting"
+
+    def transcribe(self, samples: Samples) -> Transcript:
+        loud = samples.size and float(np.abs(samples).max()) > 0.01
+        seconds = samples.size / HEARING_HZ
+        return Transcript(f"I heard {seconds:.1f} seconds." if loud else "", seconds)
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """Serve the application in a thread and give its URL."""
+    with Listener("127.0.0.1", 0) as listener:
+        listener.stop_waiting()
+        config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield listener.url
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive(), "the server did not end"

@@ -1,69 +1,145 @@
-"""One turn: when it looks things up, what it tells, and what it leaves out of a long history."""
+"""One turn: search events, grounding, what is dropped when a history is long, and stopping."""
 
 from __future__ import annotations
 
-from contextlib import closing
 from datetime import date
 
 import pytest
 
-from lorikeet.messages import Message
-from lorikeet.serve.assistant import Assistant, Done, Found, SearchFailed, Searching, Text, fit
-from lorikeet.serve.search.decide import decide
+from lorikeet.config import ServeConfig
+from lorikeet.errors import RequestError
+from lorikeet.grounding import HEADER
+from lorikeet.messages import Message, Source, Usage
+from lorikeet.serve.assistant import Assistant, Done, Found, SearchFailed, Searching, Text
+from tests.serve.fakes import ScriptedEngine, ScriptedProvider
 
-from .fakes import EchoEngine, OneSource
+OSLO = Source("Weather in Oslo", "https://weather.example/oslo", "Light snow, minus two degrees.")
+WEATHER = [Message("user", "What is the weather in Oslo?")]
+TODAY = date(2031, 5, 4)
+
+
+def make(
+    engine: ScriptedEngine | None = None, provider: ScriptedProvider | None = None, **options: object
+) -> Assistant:
+    return Assistant(engine or ScriptedEngine(), provider=provider, today=lambda: TODAY, **options)  # type: ignore[arg-type]
+
+
+def test_an_answer_is_its_texts_and_then_its_end() -> None:
+    events = list(make().respond([Message("user", "Hi")]))
+    assert events == [Text("Hello"), Text(" there"), Text("."), Done("stop", Usage(7, 3))]
+
+
+def test_the_system_prompt_leads_unless_the_conversation_has_its_own() -> None:
+    engine = ScriptedEngine()
+    assistant = make(engine, system_prompt="Be brief.")
+    list(assistant.respond([Message("user", "Hi")]))
+    list(assistant.respond([Message("system", "Be rude."), Message("user", "Hi")]))
+    assert [asked[0] for asked in engine.asked] == [Message("system", "Be brief."), Message("system", "Be rude.")]
+
+
+def test_a_question_for_news_is_searched_and_grounded() -> None:
+    engine, provider = ScriptedEngine(), ScriptedProvider(OSLO)
+    history = [Message("user", "Hi"), Message("assistant", "Hello."), *WEATHER]
+    events = list(make(engine, provider).respond(history))
+    assert events[:2] == [Searching('you asked about "weather"', WEATHER[0].content), Found((OSLO,))]
+    assert isinstance(events[2], Text)
+    *before, last = engine.asked[0]
+    assert before == history[:2]
+    assert last.content.startswith(HEADER)
+    assert "Light snow" in last.content
+    assert last.content.endswith(WEATHER[0].content)
 
 
 @pytest.mark.parametrize(
-    ("question", "reason"),
+    ("search", "question", "searched"),
     [
-        ("What's the WEATHER like?", 'you asked about "weather"'),
-        ("who won in 2026", 'you asked about "2026"'),
-        ("and in 2025?", 'you asked about "2025"'),
-        ("and in 2024?", None),
-        ("the currents of the sea", None),
-        ("who wrote Emma", None),
+        ("auto", "What is the weather?", True),
+        ("auto", "Who won in 2030?", True),
+        ("auto", "Why is the sky blue?", False),
+        ("off", "What is the weather?", False),
+        ("always", "Why is the sky blue?", True),
     ],
 )
-def test_keywords_and_the_two_last_years_ask_for_a_search(question: str, reason: str | None) -> None:
-    assert decide(question, today=date(2026, 11, 23)) == reason
+def test_the_switch_decides_whether_to_search(search: str, question: str, searched: bool) -> None:
+    provider = ScriptedProvider(OSLO)
+    list(make(provider=provider).respond([Message("user", question)], search=search))  # type: ignore[arg-type]
+    assert provider.queries == ([question] if searched else [])
 
 
-def test_the_events_of_a_turn() -> None:
-    assistant = Assistant(EchoEngine(), system_prompt="", provider=OneSource())
-    events = list(assistant.respond([Message("user", "news today")], search="auto"))
-    assert [type(event) for event in events] == [Searching, Found] + [Text] * 10 + [Done]
-    assert "".join(event.text for event in events if isinstance(event, Text)) == "news today"
+def test_a_search_that_fails_is_said_and_the_answer_goes_on() -> None:
+    engine = ScriptedEngine()
+    events = list(make(engine, ScriptedProvider(failure="nobody there")).respond(WEATHER))
+    assert isinstance(events[0], Searching)
+    assert events[1] == SearchFailed("nobody there")
+    assert events[-1] == Done("stop", Usage(7, 3))
+    assert engine.asked[0] == WEATHER
 
 
-def test_off_never_searches_and_always_does() -> None:
-    provider = OneSource()
-    assistant = Assistant(EchoEngine(), system_prompt="", provider=provider)
-    list(assistant.respond([Message("user", "weather today")], search="off"))
-    assert provider.queries == []
-    events = list(assistant.respond([Message("user", "hello")], search="always"))
-    assert isinstance(events[0], Searching) and events[0].reason == "you asked to always look up"
+def test_without_a_provider_always_says_that_it_cannot() -> None:
+    events = list(make().respond(WEATHER, search="always"))
+    assert events[1] == SearchFailed("search is switched off on this server")
+    assert not any(isinstance(e, Searching) for e in make().respond(WEATHER))
 
 
-def test_a_failed_search_is_told_and_the_question_stays_plain() -> None:
-    engine = EchoEngine()
-    assistant = Assistant(engine, system_prompt="", provider=OneSource("DuckDuckGo did not answer within 8 s"))
-    events = list(assistant.respond([Message("user", "weather")], search="auto"))
-    assert isinstance(events[1], SearchFailed) and "8 s" in events[1].message
-    assert engine.asked[0][-1].content == "weather"
+def test_the_oldest_turns_go_when_a_history_does_not_fit() -> None:
+    engine = ScriptedEngine()
+    words = [f"turn {number} " + "word " * 30 for number in range(12)]
+    turns = [Message("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(words)]
+    history = [*turns, Message("user", "and now?")]
+    config = ServeConfig(context_tokens=300, max_answer_tokens=60)
+    assistant = make(engine, system_prompt="Be brief.", config=config, count_tokens=lambda text: len(text.split()))
+    list(assistant.respond(history))
+    asked = engine.asked[0]
+    assert asked[0] == Message("system", "Be brief.")
+    assert asked[1].role == "user"
+    assert asked[1:] == history[-len(asked) + 1 :]
+    # By hand: 240 tokens for the prompt, 10 are the system turn's, 10 the question's, 40 each of the others': five
+    # would fit, of which the oldest is the assistant's and goes too.
+    assert len(asked) == 1 + 4 + 1
 
 
-def test_closing_stops_the_engine() -> None:
-    engine = EchoEngine()
-    with closing(Assistant(engine, system_prompt="").respond([Message("user", "long" * 50)])) as events:  # type: ignore[type-var]
-        next(events)
-    assert engine.stopped.is_set() and engine.said == 1
+def test_a_short_history_is_left_alone_and_not_counted() -> None:
+    engine = ScriptedEngine()
+    history = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    list(make(engine, count_tokens=lambda text: pytest.fail("counted")).respond(history))
+    assert engine.asked == [history]
 
 
-def test_a_long_history_loses_its_oldest_turns_first() -> None:
-    turns = [Message("user" if n % 2 == 0 else "assistant", f"{n} " + "x" * 300) for n in range(21)]
-    kept = fit([Message("system", "s"), *turns], tokens=600)
-    assert kept[0].role == "system" and kept[-1] == turns[-1]
-    assert kept[1].role == "user" and 2 < len(kept) < 10
-    assert kept[1:] == turns[-(len(kept) - 1) :]
-    assert fit(turns[-1:], tokens=5) == turns[-1:]
+def test_the_question_stays_however_long_it_is() -> None:
+    engine = ScriptedEngine()
+    history = [Message("user", "a " * 900), Message("assistant", "b"), Message("user", "c " * 900)]
+    list(make(engine, config=ServeConfig(context_tokens=256)).respond(history))
+    assert engine.asked[0] == history[-1:]
+
+
+def test_a_request_can_only_lower_the_limit() -> None:
+    engine = ScriptedEngine()
+    assistant = make(engine, config=ServeConfig(max_answer_tokens=50, temperature=0.7))
+    for limit in (None, 10, 5000):
+        list(assistant.respond([Message("user", "Hi")], max_tokens=limit))
+    assert [options["max_tokens"] for options in engine.options] == [50, 10, 50]
+    assert {options["temperature"] for options in engine.options} == {0.7}
+
+
+def test_temperature_zero_is_not_taken_for_none() -> None:
+    engine = ScriptedEngine()
+    list(make(engine).respond([Message("user", "Hi")], temperature=0.0, seed=0, top_p=0.0, stop=["x"]))
+    assert engine.options[0] | {"max_tokens": 0} == {
+        "max_tokens": 0, "temperature": 0.0, "top_p": 0.0, "seed": 0, "stop": ["x"],
+    }  # fmt: skip
+
+
+def test_closing_the_answer_stops_the_engine() -> None:
+    engine = ScriptedEngine(*["word "] * 100)
+    events = make(engine).respond([Message("user", "Hi")])
+    next(events)
+    assert not engine.closed.is_set()
+    events.close()
+    assert engine.closed.is_set()
+    assert engine.given == 1
+
+
+@pytest.mark.parametrize("messages", [[], [Message("system", "x")], [Message("user", "a"), Message("assistant", "b")]])
+def test_a_conversation_must_end_with_the_user(messages: list[Message]) -> None:
+    with pytest.raises(RequestError, match="user"):
+        list(make().respond(messages))

@@ -1,9 +1,10 @@
-"""The API as its clients meet it: the official client, errors, keys, limits, and clients that go away."""
+"""The API through OpenAI's own client: answers, errors, limits, search notes, sound, and clients that go away."""
 
 from __future__ import annotations
 
+import io
 import json
-import time
+import wave
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,263 +13,309 @@ import numpy as np
 import openai
 import pytest
 
+from lorikeet.config import ServeConfig
+from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
-from lorikeet.serve.http import Service, create_app
+from lorikeet.serve.http import create_app
 from lorikeet.speech.audio import encode_wav
+from tests.serve.fakes import CountingEars, ScriptedEngine, ScriptedProvider, ToneVoice, served
 
-from .fakes import EchoEngine, LoudEars, OneSource, ToneVoice
-from .server import running
-
-
-@pytest.fixture
-def engine() -> EchoEngine:
-    return EchoEngine()
+OSLO = Source("Weather in Oslo", "https://weather.example/oslo", "Light snow, minus two degrees.")
+PIECES = ("The ", "🦜", " says ", "čau", ", ", "twice", ".")
+HI: Any = [{"role": "user", "content": "Hi"}]
 
 
-def make_service(engine: EchoEngine, provider: OneSource | None = None) -> Service:
-    assistant = Assistant(engine, system_prompt="Be brief.", provider=provider)
-    return Service("mine", "ready", assistant, LoudEars(), ToneVoice())
+@pytest.fixture(scope="module")
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(*PIECES)
 
 
-@pytest.fixture
-def url(engine: EchoEngine) -> Iterator[str]:
-    with running(create_app(make_service(engine, OneSource()), page=False)) as address:
-        yield address
+@pytest.fixture(scope="module")
+def url(engine: ScriptedEngine) -> Iterator[str]:
+    assistant = Assistant(engine, system_prompt="Be brief.", provider=ScriptedProvider(OSLO), config=ServeConfig())
+    app = create_app(assistant, model_name="parrot", ears=CountingEars(), voice=ToneVoice(), page=False)
+    with served(app) as base:
+        yield base
 
 
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as connected:
-        yield connected
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=20)
 
 
-def say(text: str) -> Any:
-    return [{"role": "user", "content": text}]
+def post(url: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/chat/completions", json={"messages": HI, **body})
 
 
-def test_the_official_client_whole_and_streamed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["mine"]
-    whole = client.chat.completions.create(model="mine", messages=say("hello \U0001f99c é"))
-    assert whole.choices[0].message.content == "hello \U0001f99c é"
+def test_streamed_and_whole_answers_are_the_same(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="parrot", messages=HI)
+    chunks = list(client.chat.completions.create(model="default", messages=HI, stream=True))
+    assert whole.choices[0].message.content == "".join(PIECES)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "".join(PIECES)
+    assert [c.choices[0].delta.content for c in chunks[1:-1]] == list(PIECES)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert len({c.id for c in chunks}) == 1
+    assert (whole.model, chunks[0].model, whole.object, chunks[0].object) == (
+        "parrot", "parrot", "chat.completion", "chat.completion.chunk",
+    )  # fmt: skip
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (7, 7, 14)
     assert whole.choices[0].finish_reason == "stop"
-    assert whole.usage is not None and whole.usage.total_tokens == 7 + 9
-    chunks = list(
-        client.chat.completions.create(
-            model="mine", messages=say("hello \U0001f99c é"), stream=True, stream_options={"include_usage": True}
-        )
+
+
+def test_usage_comes_last_and_only_where_it_is_asked_for(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True}
+    *rest, last = client.chat.completions.create(model="parrot", messages=HI, stream=True, stream_options=options)
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.total_tokens == 14
+    assert all(chunk.usage is None for chunk in rest)
+    plain = list(client.chat.completions.create(model="parrot", messages=HI, stream=True))
+    assert all(chunk.choices and chunk.usage is None for chunk in plain)
+
+
+def test_the_stream_is_server_sent_events(url: str) -> None:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={"messages": HI, "stream": True}) as response:
+        text = response.read().decode()
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+    assert "usage" not in json.loads(events[0][6:])
+
+
+def test_the_options_reach_the_engine(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    client.chat.completions.create(
+        model="parrot",
+        messages=HI,
+        temperature=0,
+        top_p=0.5,
+        seed=-1,
+        stop="end",
+        max_completion_tokens=2,
+        max_tokens=9,
     )
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "hello \U0001f99c é"
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
-    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 9
+    assert engine.options[-1] == {"max_tokens": 2, "temperature": 0, "top_p": 0.5, "seed": 2**32 - 2, "stop": ["end"]}
 
 
-def test_settings_reach_the_engine(client: openai.OpenAI, engine: EchoEngine) -> None:
-    answer = client.chat.completions.create(
-        model="default", messages=say("abcdef"), max_tokens=3, temperature=0, top_p=0.5, seed=11, stop=["x"]
+def test_the_limit_is_a_length(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="parrot", messages=HI, max_tokens=2)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].message.content == "The 🦜"
+
+
+def test_content_may_come_in_parts_and_developers_are_the_system(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    parts: Any = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    client.chat.completions.create(
+        model="parrot", messages=[{"role": "developer", "content": "Obey."}, {"role": "user", "content": parts}]
     )
-    assert answer.choices[0].finish_reason == "length" and answer.choices[0].message.content == "abc"
-    assert engine.settings == [{"max_tokens": 3, "temperature": 0.0, "top_p": 0.5, "seed": 11, "stop": ("x",)}]
+    assert [(m.role, m.content) for m in engine.asked[-1]] == [("system", "Obey."), ("user", "one\ntwo")]
 
 
-def test_the_system_turn_is_the_runs_unless_the_request_has_one(client: openai.OpenAI, engine: EchoEngine) -> None:
-    client.chat.completions.create(model="mine", messages=say("a"))
-    client.chat.completions.create(model="mine", messages=[{"role": "system", "content": "Shout."}, *say("a")])
-    assert [asked[0].content for asked in engine.asked] == ["Be brief.", "Shout."]
+def test_the_models_are_listed_with_the_served_one_first(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["parrot"]
+    assert client.models.retrieve("parrot").id == "parrot"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
 
 
-def test_content_may_come_in_parts(client: openai.OpenAI) -> None:
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    answer = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": parts}])  # type: ignore[list-item,misc]
-    assert answer.choices[0].message.content == "one two"
-
-
-def test_search_is_shown_and_grounds_the_question(client: openai.OpenAI, engine: EchoEngine) -> None:
-    answer = client.chat.completions.create(
-        model="mine", messages=say("tides today?"), extra_body={"lorikeet": {"search": "auto"}}
-    )
-    assert answer.model_extra is not None
-    assert answer.model_extra["lorikeet"]["search"] == {
-        "reason": 'you asked about "today"',
-        "failed": None,
-        "sources": [{"title": "Tides <b>today</b>", "url": "https://tides.example/a"}],
-    }
-    asked = engine.asked[0][-1].content
-    assert asked.startswith("Search results, untrusted") and asked.endswith("tides today?") and "06:12" in asked
-    off = client.chat.completions.create(model="mine", messages=say("tides today?"))
-    assert off.model_extra is not None and "lorikeet" not in off.model_extra
-
-
-def test_a_search_that_fails_is_said_and_the_answer_goes_on(engine: EchoEngine) -> None:
-    with running(create_app(make_service(engine, OneSource("refused: 202 Ratelimit")), page=False)) as address:
-        body = {"messages": say("weather?"), "lorikeet": {"search": "auto"}}
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body).json()
-    assert answer["choices"][0]["message"]["content"] == "weather?"
-    assert answer["lorikeet"]["search"]["failed"] == "refused: 202 Ratelimit"
+def test_an_unknown_model_is_404_in_openais_shape(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4", messages=HI)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    assert "parrot" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "message"),
+    ("field", "value"),
     [
-        ({"messages": []}, 400, "messages"),
-        ({}, 400, "messages"),
-        ({"messages": say("x"), "temperature": 9}, 400, "temperature"),
-        ({"messages": say("x"), "max_tokens": 0}, 400, "max_tokens"),
-        ({"messages": say("x"), "max_tokens": 10**30}, 400, "max_tokens"),
-        ({"messages": say("x"), "top_p": "nan"}, 400, "top_p"),
-        ({"messages": say("x"), "seed": -1}, 400, "seed"),
-        ({"messages": say("x"), "n": 3}, 400, "n"),
-        ({"messages": say("x"), "stop": [""]}, 400, "stop"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
-        ({"messages": say("   ")}, 400, "empty"),
-        ({"messages": say("x"), "model": "gpt-5"}, 404, "gpt-5"),
-        ({"messages": say("x"), "lorikeet": {"serch": "auto"}}, 400, "serch"),
-        ({"messages": say("refuse")}, 400, "context size"),
-        ({"messages": say("refuse"), "stream": True}, 400, "context size"),
-        ({"messages": say("break it")}, 502, "middle of an answer"),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True), ("top_p", 1.1),
+        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", 10**9), ("max_completion_tokens", -1), ("seed", 2**70),
+        ("stop", ["a"] * 5), ("stop", [""]), ("stop", 3), ("n", 2), ("tools", [{"type": "function"}]),
+        ("logprobs", True), ("presence_penalty", 1.0), ("response_format", {"type": "json_object"}),
+        ("stream", "yes"), ("messages", []),
+        ("messages", "Hi"), ("messages", [{"role": "user", "content": "x"}] * 1025), ("lorikeet", {"search": "maybe"}),
+        ("lorikeet", {"serach": "off"}),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_400_and_named(url: str, engine: ScriptedEngine, field: str, value: Any) -> None:
+    before = len(engine.asked)
+    for stream in (False, True):
+        response = post(url, **{"stream": stream, field: value})
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert error["type"] == "invalid_request_error"
+        assert error["param"].split(".")[0] == field
+        assert field in error["message"]
+        assert "\n" not in error["message"]
+    assert len(engine.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": "robot", "content": "x"}, "messages.0.role"),
+        ({"role": "user"}, "messages.0.content"),
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content"),
     ],
 )
-def test_what_is_wrong_is_said_in_openais_shape(url: str, body: dict[str, Any], status: int, message: str) -> None:
-    response = httpx.post(f"{url}/v1/chat/completions", json=body)
-    assert response.status_code == status
-    assert message in response.json()["error"]["message"]
+def test_a_wrong_message_is_named(url: str, message: Any, field: str) -> None:
+    response = post(url, messages=[message])
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
 
 
-def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIError, match="middle of an answer"):
-        list(client.chat.completions.create(model="mine", messages=say("break it"), stream=True))
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b'"x"', b"null", b'{"messages": 5}', b"[" * 5000]
-)
-def test_malformed_bodies_are_400(url: str, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 5000, b'{"messages": NaN}', b""])
+def test_a_body_that_is_no_json_is_400(url: str, content: bytes) -> None:
     response = httpx.post(f"{url}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_client_that_goes_away_stops_the_generation() -> None:
-    engine = EchoEngine(delay_s=0.02)
-    with running(create_app(make_service(engine), page=False)) as address:
-        body = {"messages": say("a" * 500), "stream": True}
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
-        assert engine.stopped.wait(5)
-        assert engine.said < 200
-        whole = EchoEngine(delay_s=0.02)
-    with running(create_app(make_service(whole), page=False)) as address:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/v1/chat/completions", json={"messages": say("a" * 500)}, timeout=0.3)
-        assert whole.stopped.wait(5)
+def test_harmless_fields_of_clients_pass(url: str) -> None:
+    assert post(url, user="me", store=False, n=1, logprobs=False, presence_penalty=0, tools=[]).status_code == 200
 
 
-def test_health_tells_starting_ready_and_failed_apart(engine: EchoEngine) -> None:
-    service = Service("mine")
-    with running(create_app(service, page=False)) as address:
-        starting = httpx.get(f"{address}/health")
-        assert (starting.status_code, starting.json()["status"]) == (503, "starting")
-        assert httpx.post(f"{address}/v1/chat/completions", json={"messages": say("x")}).status_code == 503
-        service.assistant, service.status = Assistant(engine, system_prompt=""), "ready"
-        assert httpx.get(f"{address}/health").status_code == 200
-        engine.alive = False
-        failed = httpx.get(f"{address}/health")
-        assert (failed.status_code, failed.json()["status"]) == (503, "failed")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_conversation_is_400_also_when_streamed(url: str, stream: bool) -> None:
+    response = post(url, stream=stream, messages=[{"role": "user", "content": "too long"}])
+    assert response.status_code == 400
+    assert "context size" in response.json()["error"]["message"]
 
 
-def test_audio_both_ways(client: openai.OpenAI, url: str) -> None:
-    wav = encode_wav(np.full(16_000, 0.5, np.float32), 16_000)
-    heard = client.audio.transcriptions.create(model="whisper-1", file=("a; rm -rf.wav", wav))
-    assert heard.text == "level 0.5"
-    said = client.audio.speech.create(model="tts-1", voice="alloy", input="**one** two", response_format="wav").read()
-    assert said[:4] == b"RIFF" and len(said) == 44 + 2 * 2 * 800
-    for data in (b"this is text", b"", b"RIFF" + b"\0" * 100):
-        response = httpx.post(f"{url}/v1/audio/transcriptions", files={"file": ("x.wav", data)})
-        assert response.status_code == 400, response.text
-    assert httpx.post(f"{url}/v1/audio/speech", json={"input": "\U0001f600"}).status_code == 400
+def test_an_unknown_route_has_openais_shape(url: str) -> None:
+    response = httpx.get(f"{url}/v1/chat/completions")
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.fixture
-def locked(engine: EchoEngine) -> Iterator[str]:
-    with running(create_app(make_service(engine), api_key="right key 123", page=False)) as address:
-        yield address
+def test_search_is_off_unless_asked_for(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    weather: Any = [{"role": "user", "content": "What is the weather?"}]
+    answer = client.chat.completions.create(model="parrot", messages=weather)
+    assert engine.asked[-1][-1].content == "What is the weather?"
+    assert answer.model_extra == {"lorikeet": {"search": None}}
 
 
-@pytest.mark.parametrize(
-    "route", ["/v1/models", "/v1/chat/completions", "/openapi.json", "/v1/audio/speech", "/nothing", "/"]
-)
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": "Basic right key 123"},
-        {"X-Api-Key": "right key 123"},
-        {"Cookie": "lorikeet_session=right key 123"},
-    ],
-)
-def test_every_route_needs_the_key(locked: str, route: str, headers: dict[str, str]) -> None:
-    response = httpx.get(locked + route, headers=headers)
-    if route == "/":
-        assert (response.status_code, response.headers["location"]) == (303, "/login")
-    else:
-        assert response.status_code == 401
-        assert response.json()["error"]["code"] == "invalid_api_key"
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_search_is_told_in_the_lorikeet_field(client: openai.OpenAI, engine: ScriptedEngine, stream: bool) -> None:
+    weather: Any = [{"role": "user", "content": "What is the weather?"}]
+    extra = {"lorikeet": {"search": "auto"}}
+    answer: Any = client.chat.completions.create(model="parrot", messages=weather, stream=stream, extra_body=extra)
+    last = list(answer)[-1] if stream else answer
+    assert last.model_extra["lorikeet"] == {
+        "search": {
+            "reason": 'you asked about "weather"',
+            "failed": None,
+            "sources": [{"title": OSLO.title, "url": OSLO.url}],
+        }
+    }
+    assert "Light snow" in engine.asked[-1][-1].content
 
 
-def test_the_key_opens_the_api_and_the_page(locked: str) -> None:
-    assert httpx.get(f"{locked}/health").status_code == 200
-    with openai.OpenAI(base_url=f"{locked}/v1", api_key="right key 123") as client:
-        assert client.chat.completions.create(model="mine", messages=say("hi")).choices[0].message.content == "hi"
-    with httpx.Client(base_url=locked) as browser:
-        assert "password" in browser.get("/login").text
-        assert browser.post("/login", data={"key": "wrong"}).status_code == 401
-        response = browser.post("/login", data={"key": "right key 123"})
-        assert response.status_code == 303
-        cookie = response.headers["set-cookie"].lower()
-        assert "httponly" in cookie and "samesite=strict" in cookie and "right key" not in cookie
-        assert browser.get("/v1/models").status_code == 200
+def test_a_failed_search_is_told_and_answered() -> None:
+    assistant = Assistant(ScriptedEngine(), provider=ScriptedProvider(failure="nobody there"))
+    with served(create_app(assistant, model_name="parrot", page=False)) as url:
+        answer = post(url, lorikeet={"search": "always"}).json()
+    assert answer["choices"][0]["message"]["content"] == "Hello there."
+    assert answer["lorikeet"]["search"]["failed"] == "nobody there"
 
 
-def test_other_sites_and_rebound_names_are_refused(url: str) -> None:
-    body = {"messages": say("x")}
+def test_health_follows_the_engine() -> None:
+    engine = ScriptedEngine()
+    with served(create_app(Assistant(engine), model_name="parrot", page=False)) as url:
+        assert (httpx.get(f"{url}/health").status_code, httpx.get(f"{url}/health").json()) == (200, {"status": "ok"})
+        engine.down = True
+        assert (httpx.get(f"{url}/health").status_code, httpx.get(f"{url}/health").json()["status"]) == (503, "failed")
+        response = post(url)
+        assert response.status_code == 502
+        assert response.json()["error"]["type"] == "server_error"
+
+
+def test_a_failure_on_the_way_is_said_in_the_stream() -> None:
+    app = create_app(Assistant(ScriptedEngine("Well", "<fail>")), model_name="parrot", page=False)
+    with served(app) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        got = []
+        with pytest.raises(openai.APIError, match="middle of an answer"):
+            got.extend(client.chat.completions.create(model="parrot", messages=HI, stream=True))
+        assert post(url).status_code == 502
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_stops_the_engine(stream: bool) -> None:
+    engine = ScriptedEngine(*["word "] * 400, delay_s=0.02)
+    with served(create_app(Assistant(engine), model_name="parrot", page=False)) as url:
+        if stream:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json={"messages": HI, "stream": True}) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/chat/completions", json={"messages": HI}, timeout=0.5)
+        assert engine.closed.wait(2)
+        assert engine.given < 60
+
+
+def test_answers_under_way_do_not_block_one_another() -> None:
+    engine = ScriptedEngine(*["word "] * 50, delay_s=0.02)
+    with (
+        served(create_app(Assistant(engine), model_name="parrot", page=False)) as url,
+        httpx.stream("POST", f"{url}/v1/chat/completions", json={"messages": HI, "stream": True}) as response,
+    ):
+        next(response.iter_lines())
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert engine.given < len(engine.pieces)  # health did not wait for the answer's end
+
+
+def test_what_is_heard_comes_back(client: openai.OpenAI, url: str) -> None:
+    tone = encode_wav(np.sin(np.arange(24_000) / 20).astype(np.float32), 16_000)
+    assert client.audio.transcriptions.create(model="whisper-1", file=("a.wav", tone)).text == "I heard 1.5 seconds."
+    evil = ("$(touch x); ../../a.wav", tone)
     assert (
-        httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Origin": "https://evil.example"}).status_code
-        == 403
+        client.audio.transcriptions.create(model="counting", file=evil, response_format="text")
+        == "I heard 1.5 seconds.\n"
     )
-    assert httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Origin": "null"}).status_code == 403
-    assert httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
-    assert httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Origin": url}).status_code == 200
+    silence = encode_wav(np.zeros(16_000, np.float32), 16_000)
+    assert client.audio.transcriptions.create(model="default", file=("a.wav", silence)).text == ""
 
 
-def test_bodies_are_bounded_whatever_they_claim(url: str) -> None:
-    big = json.dumps({"messages": say("x" * (2 << 20))}).encode()
-    assert httpx.post(f"{url}/v1/chat/completions", content=big).status_code == 413
-
-    def trickle() -> Iterator[bytes]:
-        for place in range(0, len(big), 1 << 16):
-            yield big[place : place + (1 << 16)]
-
-    assert httpx.post(f"{url}/v1/chat/completions", content=trickle()).status_code == 413
+def test_what_is_no_sound_is_400(client: openai.OpenAI) -> None:
+    for data in (b"this is text, not sound", b"", encode_wav(np.zeros(0, np.float32), 16_000)):
+        with pytest.raises(openai.BadRequestError):
+            client.audio.transcriptions.create(model="whisper-1", file=("a.wav", data))
+    with pytest.raises(openai.NotFoundError):
+        client.audio.transcriptions.create(model="nobody", file=("a.wav", b"x"))
 
 
-def test_answers_carry_security_headers(url: str) -> None:
-    headers = httpx.get(f"{url}/v1/models").headers
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["x-frame-options"] == "SAMEORIGIN"
-    assert "access-control-allow-origin" not in headers
+def test_what_is_said_is_a_wav(client: openai.OpenAI) -> None:
+    speech: Any = {"model": "tts-1", "voice": "alloy", "response_format": "wav"}
+    answer = client.audio.speech.create(input="**One.** Two. https://x.example 🦜", **speech)
+    assert answer.response.headers["content-type"] == "audio/wav"
+    with wave.open(io.BytesIO(answer.content)) as file:
+        assert (file.getnchannels(), file.getframerate()) == (1, 24_000)
+        samples = np.frombuffer(file.readframes(-1), "<i2")
+    assert samples.size == 2 * 2400  # two sentences, the URL is not said
+    assert np.abs(samples).max() > 10_000
 
 
-def test_two_conversations_at_once_do_not_mix() -> None:
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": ""}, {"input": "x" * 4097}, {"input": "🦜"}, {"input": "x", "voice": "nobody"},
+        {"input": "x", "response_format": "mp3"}, {"input": "x", "speed": 2.0}, {},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_is_400(url: str, body: Any) -> None:
+    response = httpx.post(f"{url}/v1/audio/speech", json={"model": "tts-1", "voice": "alloy", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
 
-    engine = EchoEngine(delay_s=0.001)
-    with running(create_app(make_service(engine), page=False)) as address, ThreadPoolExecutor(16) as pool:
 
-        def ask(number: int) -> str:
-            text = f"number {number} " * 5
-            answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": say(text)}, timeout=60).json()
-            return str(answer["choices"][0]["message"]["content"] == text)
-
-        began = time.monotonic()
-        assert set(pool.map(ask, range(64))) == {"True"}
-        assert time.monotonic() - began < 60
+def test_a_server_without_ears_and_voice_says_so() -> None:
+    with served(create_app(Assistant(ScriptedEngine()), model_name="parrot", page=False)) as url:
+        speech = httpx.post(f"{url}/v1/audio/speech", json={"input": "x"})
+        hearing = httpx.post(f"{url}/v1/audio/transcriptions", files={"file": ("a.wav", b"x")})
+    assert (speech.status_code, hearing.status_code) == (400, 400)
+    assert "--voice off" in speech.text
+    assert "--ears off" in hearing.text

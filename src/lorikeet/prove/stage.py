@@ -38,7 +38,7 @@ from lorikeet.prove.speech import Speakability, speakability
 from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path
 
-MOST_STRANGERS = 40
+MOST_STRANGERS = 24
 """Answers scored after a stranger's question: the effect is large, so few conversations show it."""
 
 ENDING_TOLERANCE = 0.25

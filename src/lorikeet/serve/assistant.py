@@ -1,28 +1,34 @@
-"""One turn: history and grounding in, events out. It knows no HTTP and no audio.
+"""One turn: history, and search results where the question needs them, in; events out.
 
-assistant = Assistant(engine, system_prompt="...", provider=provider)
-for event in assistant.respond(messages, search="auto"):
-    match event: ...
+    assistant = Assistant(engine, system_prompt="...", provider=load_provider("ddg"))
+    for event in assistant.respond([Message("user", "What is the weather in Oslo?")], search="auto"):
+        if isinstance(event, Text):
+            print(event.text, end="")
+
+It knows no HTTP, no page and no audio: those turn its events into what their users see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
+from lorikeet.config import ServeConfig
 from lorikeet.engine import Engine
+from lorikeet.errors import RequestError
 from lorikeet.grounding import approximate_tokens, ground
 from lorikeet.messages import Conversation, Message, Source, Usage
 from lorikeet.serve.search.decide import decide
 from lorikeet.serve.search.provider import Provider, SearchError
 
-SearchMode = Literal["auto", "off", "always"]
+Search = Literal["auto", "off", "always"]
+"""When to search: where the question asks for it, never, or before every answer."""
 
 TURN_TOKENS = 8
-"""Upper estimate of what a template adds to a turn."""
+"""What a template puts around a turn, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,124 +38,156 @@ class Searching:
     reason: str
     """Why, in words for the user."""
     query: str
+    """What is asked of the search service: the user's own words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The search gave results, which now stand before the question."""
+    """The search ended well; the answer will see these sources."""
 
-    reason: str
     sources: tuple[Source, ...]
+    """In the order of their numbers in the answer; untrusted text."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchFailed:
-    """The search gave nothing; the answer goes on without it."""
+    """The search ended badly; the answer goes on without it."""
 
-    reason: str
     message: str
     """What went wrong, in words for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer, in whole characters."""
+    """A piece of the answer."""
 
     text: str
+    """Whole characters; never ''."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is complete."""
+    """The answer is complete; the last event."""
 
     finish_reason: Literal["stop", "length"]
+    """Whether the model ended by itself, or a limit did."""
     usage: Usage | None
+    """Token counts, where the engine gives them."""
 
 
 Event = Searching | Found | SearchFailed | Text | Done
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer is drawn."""
-
-    max_tokens: int = 512
-    temperature: float = 0.3
-    top_p: float = 0.95
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
 class Assistant:
-    """Answers conversations with an engine, looking things up where that is wanted. Safe to use from several threads."""
+    """Answers conversations; one object serves any number of threads."""
 
     def __init__(
-        self, engine: Engine, *, system_prompt: str, provider: Provider | None = None, context_tokens: int = 4096
+        self,
+        engine: Engine,
+        *,
+        system_prompt: str = "",
+        provider: Provider | None = None,
+        config: ServeConfig | None = None,
+        count_tokens: Callable[[str], int] = approximate_tokens,
+        today: Callable[[], date] = date.today,
     ) -> None:
-        """Answer with `engine`, led by `system_prompt` where a conversation has no system turn of its own.
+        """Answer with `engine`; conversations without a system turn get `system_prompt`.
 
-        `provider` is where searches go; None for none. `context_tokens` bounds prompt and answer together.
+        Without a `provider` it never searches. `config` gives the context's size and the defaults of an answer;
+        `count_tokens` counts the tokens of a text where it matters whether a long history fits.
         """
-        self.engine = engine
-        self.system_prompt = system_prompt
-        self.provider = provider
-        self.context_tokens = context_tokens
+        self._engine = engine
+        self._system_prompt = system_prompt
+        self._provider = provider
+        self._config = config or ServeConfig()
+        self._count_tokens = count_tokens
+        self._today = today
+
+    @property
+    def can_search(self) -> bool:
+        """Whether there is a search service to ask."""
+        return self._provider is not None
+
+    def healthy(self) -> bool:
+        """Say whether the engine would answer now."""
+        return self._engine.healthy()
 
     def respond(
-        self, messages: Sequence[Message], *, search: SearchMode = "off", sampling: Sampling | None = None
-    ) -> Iterator[Event]:
-        """Yield what happens until the answer to the last message is complete; closing the iterator stops it.
+        self,
+        messages: Sequence[Message],
+        *,
+        search: Search = "auto",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generator[Event, None, None]:
+        """Yield the events of the answer to the last turn, which is the user's.
 
-        Raises RequestError for what the engine refuses and EngineError if it fails.
+        What is None is the configuration's; `max_tokens` can only lower its limit. Turns that would not fit the
+        context are dropped, oldest first; the system turn and the question stay. Closing the iterator stops the
+        generation. Raises RequestError for a conversation that cannot be answered, EngineError if the engine fails.
         """
-        sampling = sampling or Sampling()
-        question = messages[-1]
-        reason = self._reason(question.content, search) if question.role == "user" else None
-        if reason and self.provider:
-            yield Searching(reason, question.content)
-            try:
-                sources = tuple(self.provider.search(question.content))
-            except SearchError as error:
-                yield SearchFailed(reason, str(error))
-            else:
-                yield Found(reason, sources)
-                messages = [*messages[:-1], Message("user", ground(question.content, sources))]
-        led = Conversation(tuple(messages)).with_system(self.system_prompt).messages
-        fitted = fit(led, tokens=self.context_tokens - sampling.max_tokens)
-        deltas = self.engine.stream(
-            fitted,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=sampling.stop,
+        if not messages or messages[-1].role != "user":
+            raise RequestError("the conversation must end with a turn of the user")
+        limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
+        sources = yield from self._search(messages[-1].content, search)
+        question = replace(messages[-1], content=ground(messages[-1].content, sources))
+        conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
+        sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
+        answer = self._engine.stream(
+            self._fit(conversation.messages, limit),
+            max_tokens=limit,
+            temperature=self._config.temperature if temperature is None else temperature,
+            seed=seed,
+            stop=stop,
+            **sampling,
         )
-        with closing(deltas):  # type: ignore[type-var]  # engines stream from generators
+        with closing(answer) as deltas:  # type: ignore[type-var]  # every engine's stream is a generator
             for delta in deltas:
                 if delta.text:
                     yield Text(delta.text)
                 if delta.finish_reason:
                     yield Done(delta.finish_reason, delta.usage)
 
-    def _reason(self, question: str, search: SearchMode) -> str | None:
-        if search == "off" or self.provider is None:
-            return None
-        return decide(question, today=date.today()) or ("you asked to always look up" if search == "always" else None)
+    def _search(self, question: str, search: Search) -> Generator[Event, None, tuple[Source, ...]]:
+        """Yield the events of a search, if there is one, and return the sources found."""
+        if search == "off" or (search == "auto" and self._provider is None):
+            return ()
+        reason = "search is set to always" if search == "always" else decide(question, today=self._today())
+        if reason is None:
+            return ()
+        yield Searching(reason, question)
+        if self._provider is None:
+            yield SearchFailed("search is switched off on this server")
+            return ()
+        try:
+            sources = tuple(self._provider.search(question))
+        except SearchError as error:
+            yield SearchFailed(str(error))
+            return ()
+        yield Found(sources)
+        return sources
 
+    def _fit(self, messages: Sequence[Message], answer_tokens: int) -> list[Message]:
+        """Return the messages without the oldest turns that, with room for an answer, exceed the context.
 
-def fit(messages: Sequence[Message], *, tokens: int) -> list[Message]:
-    """Return `messages` without their oldest turns, as many as must go to stay within about `tokens`.
-
-    The system turn and the last message always stay, and what is left starts with a user's turn.
-    """
-    system = [m for m in messages[:1] if m.role == "system"]
-    turns = list(messages[len(system) :])
-
-    def size(kept: Sequence[Message]) -> int:
-        return sum(approximate_tokens(m.content) + TURN_TOKENS for m in (*system, *kept))
-
-    while len(turns) > 1 and size(turns) > tokens:
-        turns = turns[1:]
-        while len(turns) > 1 and turns[0].role != "user":
-            turns = turns[1:]
-    return [*system, *turns]
+        At least a quarter of the context is the prompt's, however long an answer is allowed. What remains starts
+        with a turn of the user, as templates demand.
+        """
+        context_tokens = self._config.context_tokens
+        budget = context_tokens - min(answer_tokens, context_tokens * 3 // 4)
+        system = list(messages[:1]) if messages[0].role == "system" else []
+        turns = list(messages[len(system) :])
+        # A byte is at least a token's worth, so what fits by bytes needs no counting.
+        if sum(len(m.content.encode()) + TURN_TOKENS for m in messages) <= budget:
+            return [*system, *turns]
+        costs = [self._count_tokens(turn.content) + TURN_TOKENS for turn in turns]
+        left = budget - sum(self._count_tokens(m.content) + TURN_TOKENS for m in system)
+        first = len(turns) - 1
+        while first > 0 and sum(costs[first - 1 :]) <= left:
+            first -= 1
+        while first < len(turns) - 1 and turns[first].role != "user":
+            first += 1
+        return [*system, *turns[first:]]

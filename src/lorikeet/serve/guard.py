@@ -1,194 +1,247 @@
-"""What stands before every route: who may ask, from where, how much, and the headers of every answer.
+"""Who may ask: hosts, origins, the key and its cookie, and how much; an ASGI layer around the whole application.
 
-It is plain ASGI, so it covers the API, the page and its sockets alike.
+    app.add_middleware(Guard, api_key="...", hosts=LOOPBACK_HOSTS)
 
-- Key: where one is set, everything but `/health` and `/login` needs it, as a bearer token or as the page's cookie.
-- Host: on loopback only loopback names are answered, so that a name rebound to 127.0.0.1 reaches nothing.
-- Origin: a browser's request from another site is refused.
-- Size: a body beyond the limit is refused, whatever its length header says.
+- A request must name this machine in its Host header when only this machine is served: a page whose name was
+  made to point here (DNS rebinding) does not.
+- A browser's request from another page is refused, so no site can use the assistant behind the user's back.
+- With a key, everything but `/health` asks for it: as a bearer token, or through the login form that trades it for
+  a cookie, which is what the page's own requests carry.
+- No body is read beyond its route's limit.
+
+It knows no route's meaning but `/health` and `/login`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-import json
-import secrets
-from http.cookies import CookieError, SimpleCookie
+import html
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 JSON_LIMIT_BYTES = 1 << 20
-UPLOAD_LIMIT_BYTES = 25 << 20
-COOKIE = "lorikeet_session"
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-OPEN_PATHS = frozenset({"/health", "/login"})
+AUDIO_LIMIT_BYTES = 25 << 20
+AUDIO_PATHS = ("/v1/audio/transcriptions", "/gradio_api/upload")
+ENVELOPE_BYTES = 64 << 10
+"""What multipart puts around a file."""
 
-HEADERS = {
+COOKIE = "lorikeet_session"
+COOKIE_AGE_S = 30 * 24 * 3600
+
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "SAMEORIGIN",
+    # Not no-referrer: with it a browser sends the login form with `Origin: null`.
     "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=(self)",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # The page needs inline scripts and styles; nothing may come from, or go to, another host.
+    "Content-Security-Policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+        "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+        "form-action 'self'; frame-ancestors 'none'"
+    ),
 }
 
-LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Lorikeet</title><style>:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;display:grid;place-items:center;
-min-height:90vh;margin:0}form{display:grid;gap:.75rem;width:min(20rem,90vw)}input,button{font:inherit;padding:.6rem .8rem;
-border-radius:.5rem;border:1px solid #8888}button{background:#12714f;color:#fff;border:0}p{margin:0;color:#c23b1f}</style>
-<form method="post" action="/login"><h1>Lorikeet</h1>%s<label for="key">Key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" autofocus required><button>Open</button></form></html>"""
 
-
-class TooLargeError(Exception):
-    """The body went over its limit while it was being read."""
-
-
-def error_response(
-    status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None
-) -> Response:
-    """Return an error in the shape that OpenAI's clients read."""
-    return JSONResponse(error_body(message, kind=kind, code=code), status_code=status)
-
-
-def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error in OpenAI's shape."""
+def error_body(
+    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> Any:
+    """Return an error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Guard:
-    """The ASGI application around the application."""
+    """The layer that refuses what is not for this server."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, loopback: bool) -> None:
-        """Guard `app` with `api_key`, if there is one; `loopback` says that only this machine is meant to reach it."""
-        self.app = app
-        self.loopback = loopback
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None = None, hosts: Sequence[str] | None = LOOPBACK_HOSTS
+    ) -> None:
+        """Wrap `app`. `hosts` are the names that a request may give this server; None for any."""
+        self._app = app
+        self._hosts = hosts
         self._key = api_key.encode() if api_key else None
-        self._sessions: set[str] = set()
+        # The cookie outlives a restart, ends with the key, and does not give the key away.
+        self._session = _derive_session(self._key) if self._key else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or refuse one request or socket."""
-        if scope["type"] not in {"http", "websocket"}:
-            await self.app(scope, receive, send)
-            return
-        refusal = await self._refusal(scope, receive)
-        if refusal is not None:
-            await _refuse(refusal, scope, receive, send)
-            return
-        limit = _limit_bytes(scope)
-        body = _Body(receive, limit)
+        """Answer in the application's place what it must not see; pass on the rest, limited, with headers added."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        request = HTTPConnection(scope)
+        refusal = self._refusal(request)
+        if refusal is None and self._key and scope["type"] == "http" and request.url.path == "/login":
+            refusal = await self._login(Request(scope, _limited(receive, ENVELOPE_BYTES)))
+        if refusal is None:
+            limit = AUDIO_LIMIT_BYTES + ENVELOPE_BYTES if request.url.path in AUDIO_PATHS else JSON_LIMIT_BYTES
+            if int(request.headers.get("content-length") or 0) > limit:
+                refusal = _too_large(limit)
+            else:
+                return await self._app(scope, _limited(receive, limit), _with_headers(send))
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        return await refusal(scope, receive, _with_headers(send))
 
-        async def dressed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                if body.too_large:  # however the application took it, this is why it failed
-                    raise TooLargeError
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        try:
-            await self.app(scope, body, dressed)
-        except TooLargeError:
-            await _too_large(limit)(scope, receive, send)
-
-    async def _refusal(self, scope: Scope, receive: Receive) -> Response | None:
-        """Return why the request is not answered by the application, or None."""
-        headers = Headers(scope=scope)
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if self.loopback and host not in LOOPBACK:
-            return error_response(403, f"this server answers to localhost, not to {host[:100]!r}")
-        origin = headers.get("origin")
-        if origin and urlsplit(origin).netloc != headers.get("host"):
-            return error_response(403, "requests from other sites are refused")
-        length = headers.get("content-length", "0")
-        limit = _limit_bytes(scope)
-        if not length.isdecimal() or int(length) > limit:
-            return _too_large(limit)
-        if self._key is None:
+    def _refusal(self, request: HTTPConnection) -> Response | None:
+        """Return the answer to a request that may not pass, None for one that may."""
+        headers = request.headers
+        host = headers.get("host", "")
+        if self._hosts is not None and _hostname(host) not in self._hosts:
+            return _forbidden(f"this server is not {host[:100]!r}; reach it as http://127.0.0.1 with its port")
+        if _is_foreign(request):
+            return _forbidden("requests from other sites' pages are refused")
+        if not headers.get("content-length", "0").isdecimal():
+            return JSONResponse(error_body("the header Content-Length is not a number"), status_code=400)
+        if self._key is None or request.url.path in {"/health", "/login"} or self._knows(request):
             return None
-        if scope["path"] == "/login" and scope["type"] == "http":
-            return await self._login(scope, receive)
-        if scope["path"] in OPEN_PATHS or self._is_known(headers):
-            return None
-        if scope["path"] == "/" and scope["type"] == "http":
-            return RedirectResponse("/login", status_code=303)
-        return error_response(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        if "text/html" in headers.get("accept", ""):
+            return _login_page("")
+        message = "the API key is wrong" if "authorization" in headers else "this server asks for an API key"
+        body = error_body(f"{message}; send it in the header Authorization: Bearer KEY", code="invalid_api_key")
+        return JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
-    def _is_known(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._matches(token.strip()):
+    def _knows(self, request: HTTPConnection) -> bool:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        # Starlette decodes headers as latin-1; the bytes are the client's, UTF-8 by custom.
+        if scheme.lower() == "bearer" and self._is_key(token.strip().encode("latin-1")):
             return True
-        try:
-            morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return False
-        return morsel is not None and any(
-            hmac.compare_digest(morsel.value.encode(), s.encode()) for s in self._sessions
-        )
+        return hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), self._session.encode())
 
-    def _matches(self, token: str) -> bool:
-        return self._key is not None and hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key)
+    def _is_key(self, candidate: bytes) -> bool:
+        """Compare with the key in constant time."""
+        return self._key is not None and hmac.compare_digest(candidate, self._key)
 
-    async def _login(self, scope: Scope, receive: Receive) -> Response:
-        """Show the form, or take the key from it and give the page a session that is not the key."""
-        if scope["method"] != "POST":
-            return HTMLResponse(LOGIN_PAGE % "", headers=HEADERS)
-        body = b""
-        limited = _Body(receive, 4096)
+    async def _login(self, request: Request) -> Response:
+        """Trade the key of the form for the cookie."""
+        if request.method != "POST":
+            return _login_page("", status=200)
         try:
-            while True:
-                message = await limited()
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    break
-        except TooLargeError:
-            return _too_large(4096)
-        given = parse_qs(body.decode("utf-8", "replace")).get("key", [""])[0]
-        if not self._matches(given):
-            return HTMLResponse(LOGIN_PAGE % "<p>That is not the key.</p>", status_code=401, headers=HEADERS)
-        session = secrets.token_urlsafe(32)
-        self._sessions.add(session)
+            async with request.form(max_files=0, max_fields=4) as form:
+                key = form.get("key")
+        except HTTPException as error:
+            return JSONResponse(error_body(error.detail), status_code=error.status_code)
+        if not isinstance(key, str) or not self._is_key(key.strip().encode()):
+            return _login_page("That key is not right.")
         response = RedirectResponse("/", status_code=303)
-        response.set_cookie(COOKIE, session, httponly=True, samesite="strict", secure=scope.get("scheme") == "https")
+        response.set_cookie(
+            COOKIE,
+            self._session,
+            max_age=COOKIE_AGE_S,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
         return response
 
 
-class _Body:
-    """A request's body, read no further than its limit."""
+def _derive_session(key: bytes) -> str:
+    return hashlib.scrypt(key, salt=b"lorikeet session", n=1 << 14, r=8, p=1).hex()
 
-    def __init__(self, receive: Receive, limit_bytes: int) -> None:
-        self._receive = receive
-        self._left_bytes = limit_bytes
-        self.too_large = False
 
-    async def __call__(self) -> Message:
-        """Return the next message. Raises TooLargeError once more than the limit has come."""
-        message = await self._receive()
+def _hostname(host: str) -> str:
+    """Return the name in a Host header, without its port; '' if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_foreign(request: HTTPConnection) -> bool:
+    """Say whether a browser sent this for another site's page; following a link to here is no such request."""
+    origin = request.headers.get("origin")
+    if origin is not None:
+        return _site(origin) != _without_default_port(request.headers.get("host", ""))
+    cross_site = request.headers.get("sec-fetch-site") == "cross-site"
+    return cross_site and request.headers.get("sec-fetch-mode") != "navigate"
+
+
+def _site(origin: str) -> str | None:
+    """Return host and port of an Origin header as a Host header writes them; None for one that names no site."""
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return None
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        return None
+    return _without_default_port(parts.netloc)
+
+
+def _without_default_port(host: str) -> str:
+    return host.lower().removesuffix(":80").removesuffix(":443")
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """Return a `receive` that raises 413 once a body, whatever its header says, grows beyond `limit` bytes."""
+    total = 0
+
+    async def receive_limited() -> Message:
+        nonlocal total
+        message = await receive()
         if message["type"] == "http.request":
-            self._left_bytes -= len(message.get("body", b""))
-            if self._left_bytes < 0:
-                self.too_large = True
-                raise TooLargeError
+            total += len(message.get("body", b""))
+            if total > limit:
+                raise HTTPException(413, _too_large_text(limit))
         return message
 
-
-def _limit_bytes(scope: Scope) -> int:
-    return JSON_LIMIT_BYTES if scope["path"].startswith("/v1/chat") else UPLOAD_LIMIT_BYTES
+    return receive_limited
 
 
-def _too_large(limit_bytes: int) -> Response:
-    return error_response(413, f"the body is larger than {limit_bytes} bytes", code="request_too_large")
+def _with_headers(send: Send) -> Send:
+    """Return a `send` that adds the security headers."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in SECURITY_HEADERS.items():
+                headers[name] = value
+        await send(message)
+
+    return send_with_headers
 
 
-async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "http":
-        await response(scope, receive, send)
-        return
-    await receive()
-    await send(
-        {"type": "websocket.close", "code": 4401, "reason": json.loads(bytes(response.body))["error"]["message"]}
-    )
+def _forbidden(message: str) -> Response:
+    return JSONResponse(error_body(message, code="forbidden"), status_code=403)
+
+
+def _too_large(limit: int) -> Response:
+    body = error_body(_too_large_text(limit), code="too_large")
+    return JSONResponse(body, status_code=413, headers={"Connection": "close"})
+
+
+def _too_large_text(limit: int) -> str:
+    return f"the request is too large; at most {limit >> 20} MiB are taken here"
+
+
+def _login_page(message: str, *, status: int = 401) -> Response:
+    return HTMLResponse(_LOGIN.replace("{message}", html.escape(message)), status_code=status)
+
+
+_LOGIN = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lorikeet</title><style>
+:root { color-scheme: light dark; --ground: #f6f7f3; --card: #fff; --ink: #17251e; --soft: #5a6b62; --line: #dde3dc;
+  --green: #14663f; --red: #b3361e }
+@media (prefers-color-scheme: dark) { :root { --ground: #0f1613; --card: #17211c; --ink: #e6eee8; --soft: #97a89e;
+  --line: #2a3831; --green: #2f9d68; --red: #f0805f } }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+form { width: min(22rem, calc(100vw - 3rem)); padding: 2rem; box-sizing: border-box; background: var(--card);
+  border: 1px solid var(--line); border-radius: 16px }
+h1 { margin: 0 0 .25rem; font-size: 1.35rem } p { margin: 0 0 1.25rem; color: var(--soft) }
+input, button { width: 100%; box-sizing: border-box; padding: .7rem .9rem; border-radius: 10px; font: inherit }
+input { border: 1px solid var(--line); background: var(--ground); color: inherit }
+button { margin-top: .75rem; border: 0; background: var(--green); color: #fff; font-weight: 600; cursor: pointer }
+.wrong { min-height: 1.5rem; margin: .5rem 0 0; color: var(--red) }
+</style></head><body><form method="post" action="/login"><h1>Lorikeet</h1>
+<p>This assistant asks for its key, once.</p>
+<input name="key" type="password" aria-label="Key" placeholder="Key" autocomplete="current-password" autofocus required>
+<button>Open</button><p class="wrong" role="alert">{message}</p></form></body></html>
+"""

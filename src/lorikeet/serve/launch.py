@@ -1,119 +1,152 @@
-"""How serving starts and ends: listen at once, load in the background, say when it is ready, end within a bound.
+"""From a target to a served assistant, in the order in which things can fail.
 
-serve(gguf, ServeConfig(), system_prompt="...", model_name="mine")
+    serve(Path("model-q8_0.gguf"), ServeConfig(port=0), system_prompt="...", model_name="my-model")
+
+The port is taken first, then engine, ears, voice and page are loaded, each announced on stderr; the URL is printed
+when the page answers.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
-import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LlamaEngine
-from lorikeet.errors import InputError, LorikeetError, MachineError, MissingExtraError
-from lorikeet.gguf_header import read_header
-from lorikeet.serve.search.provider import load_provider
-from lorikeet.speech.hear import load_ears
-from lorikeet.speech.speak import load_voice
+from lorikeet.errors import InputError
+from lorikeet.grounding import approximate_tokens
+from lorikeet.serve.server import Listener, run_server
 
-GRACE_S = 8
-"""Open answers have this long to end when the server is told to stop."""
+if TYPE_CHECKING:
+    from lorikeet.speech import Ears, Voice
 
-SLOTS = 2
-"""Conversations answered at once."""
+T = TypeVar("T")
 
 
 def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_name: str) -> None:
-    """Serve the GGUF file or the OpenAI-compatible URL `target` until Ctrl-C or SIGTERM.
+    """Serve `target`, a GGUF file or the URL of an OpenAI-compatible server, until Ctrl-C or SIGTERM.
 
-    Raises InputError for an address that cannot be had or is not allowed, and whatever loading raises.
+    Raises InputError for settings that cannot be served, MachineError or EngineError for what cannot be loaded.
     """
-    if config.host not in {"127.0.0.1", "localhost", "::1"} and not config.api_key:
-        raise InputError(f"--host {config.host} can be reached by others; give --api-key KEY, or leave --host out")
-    if config.api_key is not None and len(config.api_key) < 8:
-        raise InputError("--api-key is shorter than 8 characters; choose a longer one")
-    if isinstance(target, Path):
-        read_header(target)
+    check_exposure(config)
+    # Imported here and not above: the search and web packages are extras, and the settings are checked first.
+    from lorikeet.serve.search.provider import load_provider
+
     provider = load_provider(config.search)
-    try:
-        import uvicorn
+    with _sigterm_as_ctrl_c(), Listener(config.host, config.port) as listener, ExitStack() as stack:
+        engine = _step(f"model {model_name}", lambda: _open(target, config, model_name))
+        stack.callback(engine.close)
+        ears = None if config.ears == "off" else _step(f"ears {config.ears}", lambda: _ears(config.ears))
+        voice = None if config.voice == "off" else _step(f"voice {config.voice}", lambda: _voice(config.voice))
+        count_tokens = _counter(engine) if isinstance(engine, LlamaEngine) else approximate_tokens
 
-        from lorikeet.serve.assistant import Assistant, Sampling
-        from lorikeet.serve.http import Service, create_app
-    except ImportError as error:
-        raise MissingExtraError(error.name or "fastapi", "serve") from error
+        def build() -> Any:
+            from lorikeet.serve.assistant import Assistant
+            from lorikeet.serve.http import create_app
 
-    listener = _listen(config)
-    host, port = listener.getsockname()[:2]
-    service = Service(model_name, sampling=Sampling(config.max_answer_tokens, config.temperature))
-    app = create_app(service, api_key=config.api_key, loopback=config.host in {"127.0.0.1", "localhost", "::1"})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S, lifespan="on"))
-    failures: list[Exception] = []
-    engines: list[HttpEngine] = []
-
-    def load() -> None:
-        began = time.monotonic()
-        try:
-            engine = _engine(target, config, model_name)
-            engines.append(engine)
-            service.ears = None if config.ears == "off" else load_ears(config.ears)
-            service.voice = None if config.voice == "off" else load_voice(config.voice)
-            service.assistant = Assistant(
-                engine, system_prompt=system_prompt, provider=provider, context_tokens=config.context_tokens
+            assistant = Assistant(
+                engine, system_prompt=system_prompt, provider=provider, config=config, count_tokens=count_tokens
             )
-        except Exception as error:  # noqa: BLE001  # a thread's edge: it is raised again by the main thread
-            failures.append(error)
-            service.status = "failed"
-            server.should_exit = True
-            return
-        service.status = "ready"
-        shown = f"[{host}]" if ":" in host else host
-        _say(f"{model_name} is ready after {time.monotonic() - began:.1f} s: http://{shown}:{port}  (Ctrl-C ends)")
+            return create_app(
+                assistant,
+                model_name=model_name,
+                ears=ears,
+                voice=voice,
+                api_key=config.api_key,
+                hosts=_allowed_hosts(config.host),
+            )
 
-    loader = threading.Thread(target=load, daemon=True)
-    loader.start()
-    # uvicorn raises the signal again when it has shut down; then there is nothing left to do.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        app = _step("page", build)
+        try:
+            run_server(app, listener, on_ready=_announce)
+        except KeyboardInterrupt:
+            _say("stopped")
+
+
+def check_exposure(config: ServeConfig) -> None:
+    """Raise InputError for a server that others on the network could use without a key."""
+    if not is_loopback(config.host) and not config.api_key:
+        raise InputError(
+            f"--host {config.host} lets other machines in; give --api-key too, or listen on 127.0.0.1 (the default)"
+        )
+    if config.api_key is not None and not config.api_key.strip():
+        raise InputError("--api-key is empty; give a key, or leave the flag out")
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether `host` can only be reached from this machine."""
     try:
-        server.run(sockets=[listener])
-    finally:
-        listener.close()
-        for engine in engines:
-            engine.close()
-    if failures:
-        raise failures[0] if isinstance(failures[0], LorikeetError) else MachineError(f"cannot start: {failures[0]}")
-    _say("stopped")
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
-def _engine(target: Path | str, config: ServeConfig, name: str) -> HttpEngine:
+def _allowed_hosts(host: str) -> tuple[str, ...] | None:
+    """Return the names in a Host header that mean this server; None where its names cannot be known."""
+    from lorikeet.serve.guard import LOOPBACK_HOSTS
+
+    return (*LOOPBACK_HOSTS, host) if is_loopback(host) else None
+
+
+def _open(target: Path | str, config: ServeConfig, model_name: str) -> HttpEngine:
     if isinstance(target, str):
         return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", ""))
-    return LlamaEngine(target, name=name, context_tokens=config.context_tokens, slots=SLOTS)
+    return LlamaEngine(target, name=model_name, context_tokens=config.context_tokens)
 
 
-def _listen(config: ServeConfig) -> socket.socket:
-    """Return a listening socket. Raises InputError if the address is taken or does not exist."""
-    if not 0 <= config.port <= 65535:
-        raise InputError(f"--port {config.port} is not a port; choose one from 0 to 65535")
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _ears(name: str) -> Ears:
+    from lorikeet.speech.hear import load_ears
+
+    return load_ears(name)
+
+
+def _voice(name: str) -> Voice:
+    from lorikeet.speech.speak import load_voice
+
+    return load_voice(name)
+
+
+def _counter(engine: LlamaEngine) -> Callable[[str], int]:
+    return lambda text: len(engine.tokenize(text))
+
+
+def _step(what: str, load: Callable[[], T]) -> T:
+    """Load one part and say on stderr how long it took."""
+    began = time.monotonic()
+    _say(f"loading {what} ...", end="\r" if sys.stderr.isatty() else "\n")
+    part = load()
+    _say(f"loaded {what} in {time.monotonic() - began:.1f} s    ")
+    return part
+
+
+def _announce(url: str) -> None:
+    _say(f"ready: {url}  (Ctrl-C ends)")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Make SIGTERM end things as Ctrl-C does, so that the engine's process is ended in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        listener.bind((config.host, config.port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise InputError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another with --port, or 0 for a free one"
-        ) from error
-    return listener
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(line: str, *, end: str = "\n") -> None:
+    print(line, end=end, file=sys.stderr, flush=True)

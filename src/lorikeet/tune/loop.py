@@ -10,7 +10,6 @@ and `reports/loss.png`. Interrupted, it writes a checkpoint and says how to go o
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 import time
@@ -45,7 +44,7 @@ from lorikeet.weights import model_identity, resolve_model
 FITTED_AT = 4
 """After this many steps the schedule is fitted to --max-minutes; the first of them warms up and does not count."""
 
-SAFETY = 0.92
+SAFETY = 0.85
 """The share of the remaining time that the fitted schedule plans with."""
 
 HELDOUT = "data/heldout.jsonl"
@@ -386,6 +385,8 @@ def resident_bytes(*, peak: bool = False) -> int:
         for line in status.read_text().splitlines():
             if line.startswith(key):
                 return int(line.split()[1]) * 1024
+    import resource
+
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
 

@@ -1,274 +1,334 @@
-"""The page at `/`: text that streams, push-to-talk, answers aloud, and search results shown with their reason.
+"""The page at `/`: chat by text or by voice, with what was searched in plain sight.
 
-    app = mount_page(app, service)
+    mount_page(app, assistant, model_name="my-model", ears=ears, voice=voice)
 
-Nothing on it is loaded from elsewhere. Text from the model or from the web is shown, never executed.
+It turns the assistant's events into what a person sees and hears. Answers and search results are untrusted: answers
+go through the chat component's sanitiser, everything that is made into HTML here is escaped here.
 """
 
 from __future__ import annotations
 
 import html
-import os
-import re
-from collections.abc import Iterator
-from importlib import resources
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
+import gradio as gr
 import numpy as np
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
 
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Message, Source
-from lorikeet.serve.assistant import Assistant, Found, Sampling, SearchFailed, Searching, Text
+from lorikeet.serve.assistant import Assistant, Done, Event, Found, Search, SearchFailed, Searching, Text
+from lorikeet.serve.ui.clips import Clips
+from lorikeet.serve.ui.look import HEAD, STYLE, mark, theme
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode
 from lorikeet.speech.speak import spoken
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+MAX_QUESTION_CHARACTERS = 8000
+MAX_RECORDING_S = 60.0
+MAX_UPLOAD = "25mb"
+REFRESH_S = 0.05
+"""Least time between two pictures of a growing answer: faster is not seen, and costs the engine's cores."""
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+ANSWERS_AT_ONCE = 4
+CLEAN_UP_S = (600, 3600)
+"""How often recordings and spoken answers are swept up, and how old they may get."""
 
-SEARCH_CHOICES = [("Search when needed", "auto"), ("Always search", "always"), ("Never search", "off")]
+Say = Callable[[str], str]
+"""A text -> the HTML of its player, '' if nothing in it can be said."""
 
-Shown = list[dict[str, Any]]
-"""The messages on the page, as Gradio's chat component takes them."""
+Turn = Generator[str, None, None]
+"""A turn under way: yields a problem in words for the user, '' while there is none."""
 
-
-class Parts(Protocol):
-    """What the page uses; parts are None while the server starts, or where they are switched off."""
-
-    model_name: str
-    assistant: Assistant | None
-    ears: Ears | None
-    voice: Voice | None
-    sampling: Sampling
+SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
 
 
-def mount_page(app: FastAPI, parts: Parts) -> FastAPI:
-    """Return `app` with the page at `/`."""
-    import gradio as gr
+_log = logging.getLogger(__name__)
 
-    folder = resources.files("lorikeet.serve.ui")
-    mounted: FastAPI = gr.mount_gradio_app(
+
+class Talk:
+    """One visitor's conversation; it lives as long as their tab.
+
+    Not a dataclass: Gradio would write it into the page.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing said."""
+        self.turns: list[Message] = []
+        """What the assistant is given."""
+        self.shown: list[dict[str, Any]] = []
+        """What the page shows: the turns, and between them searches and spoken answers."""
+
+
+def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ears | None, voice: Voice | None) -> None:
+    """Mount the page on `app` at `/`. Without `ears` there is no microphone, without `voice` answers stay silent."""
+    clips = Clips()
+
+    @app.get("/spoken/{name}")
+    def spoken_answer(name: str) -> Response:
+        path = clips.path(name)
+        # FileResponse answers ranges, without which Safari plays nothing.
+        return FileResponse(path, media_type="audio/wav") if path else Response(status_code=404)
+
+    say = _sayer(voice, clips) if voice else None
+    page = build_page(assistant, model_name=model_name, ears=ears, say=say)
+    gr.mount_gradio_app(
         app,
-        build_page(parts),
+        page,
         path="/",
-        theme=_theme(),
-        css=folder.joinpath("page.css").read_text(encoding="utf-8"),
+        theme=theme(),
+        css_paths=[STYLE],
+        head=HEAD,
         footer_links=[],
-        show_error=True,
-        max_file_size="25mb",
+        run_history=False,
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
         ssr_mode=False,
-        favicon_path=str(Path(str(folder)) / "favicon.svg"),
     )
-    return mounted
 
 
-def build_page(parts: Parts) -> Any:
-    """Return the page as Gradio blocks."""
-    import gradio as gr
-
-    talk = _Talk(parts)
-    with gr.Blocks(title="Lorikeet", analytics_enabled=False, fill_height=True) as page:
-        history = gr.State([])
-        gr.HTML(_header(parts.model_name), elem_id="header")
+def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say: Say | None) -> gr.Blocks:
+    """Return the page, not yet mounted; `say` makes the player of a spoken answer."""
+    title = f"Lorikeet · {model_name}"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=CLEAN_UP_S) as page:
+        talk = gr.State(Talk(), time_to_live=24 * 3600)
+        with gr.Row(elem_id="bar"):
+            gr.HTML(_header(model_name), elem_id="top")
+            fresh = gr.Button("New conversation", elem_id="fresh", size="sm", variant="secondary")
         chat = gr.Chatbot(
             elem_id="chat",
             show_label=False,
-            sanitize_html=True,
-            allow_tags=False,
-            buttons=["copy"],
-            feedback_options=None,
+            container=False,
             layout="bubble",
-            height="100%",
-            min_height=260,
-            placeholder="### Ask something\nType below, or press the microphone and speak.",
             scale=1,
+            height="100%",
+            min_height=220,
+            placeholder=_WELCOME,
+            sanitize_html=True,
+            latex_delimiters=[],
+            allow_tags=False,
+            feedback_options=None,
+            buttons=["copy"],
         )
-        with gr.Row(elem_id="ask", equal_height=True):
+        notice = gr.HTML("", elem_id="notice", visible=True)
+        with gr.Column(elem_id="composer"):
             question = gr.Textbox(
-                placeholder="Ask something",
+                elem_id="question",
                 show_label=False,
                 container=False,
-                autofocus=True,
-                scale=8,
-                elem_id="question",
+                placeholder="Ask something",
+                lines=1,
                 max_lines=6,
+                max_length=MAX_QUESTION_CHARACTERS,
+                autofocus=True,
+                submit_btn=True,
+                stop_btn=False,
             )
-            send = gr.Button("Send", variant="primary", scale=1, min_width=84, elem_id="send")
-            stop = gr.Button("Stop", scale=1, min_width=84, elem_id="stop")
-            again = gr.Button("New", scale=1, min_width=84, elem_id="new")
-        with gr.Row(elem_id="voice"):
-            microphone = gr.Audio(
-                sources=["microphone", "upload"],
-                type="filepath",
-                label="Speak, or drop a recording",
-                elem_id="microphone",
-                editable=False,
-                buttons=[],
-            )
-            reply = gr.Audio(
-                label="Spoken answer",
-                interactive=False,
-                autoplay=True,
-                elem_id="reply",
-                buttons=["download"],
-                format="wav",
-                waveform_options=gr.WaveformOptions(waveform_color="#7ccaa9", waveform_progress_color="#127455"),
-            )
-        with gr.Row(elem_id="options"):
-            search = gr.Radio(
-                SEARCH_CHOICES, value="auto", show_label=False, container=False, elem_id="search", min_width=420
-            )
-            aloud = gr.Checkbox(label="Read answers aloud", elem_id="aloud", container=False, min_width=180)
+            with gr.Row(elem_id="tools"):
+                search = gr.Radio(
+                    SEARCH_CHOICES if assistant.can_search else SEARCH_CHOICES[1:2],
+                    value="auto" if assistant.can_search else "off",
+                    elem_id="search",
+                    label="Web search",
+                    interactive=assistant.can_search,
+                )
+                clip = gr.Audio(
+                    elem_id="clip",
+                    sources=["microphone", "upload"],
+                    type="filepath",
+                    format="wav",
+                    show_label=False,
+                    container=False,
+                    editable=False,
+                    buttons=[],
+                    visible=ears is not None,
+                )
 
-        typed = {"fn": talk.typed, "inputs": [question, history, chat, search, aloud]}
-        outputs = [question, history, chat, reply]
-        asked = [question.submit(**typed, outputs=outputs), send.click(**typed, outputs=outputs)]
-        heard_inputs = [microphone, history, chat, search]
-        heard_outputs = [microphone, history, chat, reply]
-        asked += [
-            microphone.stop_recording(talk.heard, heard_inputs, heard_outputs),
-            microphone.upload(talk.heard, heard_inputs, heard_outputs),
+        def by_text(asked: str, choice: Search, current: Talk) -> Iterator[Any]:
+            if not asked.strip():
+                yield current.shown, _notice("Type a question first."), gr.skip()
+                return
+            yield from _watch(answer(assistant, current, asked.strip(), search=choice), current)
+
+        def by_voice(path: str | None, choice: Search, current: Talk) -> Iterator[Any]:
+            if path is None or ears is None:
+                return
+            yield current.shown, _notice("Listening to what you said …", kind="busy"), gr.skip(), None
+            asked, problem = hear(ears, Path(path))
+            if not asked:
+                yield current.shown, _notice(problem), gr.skip(), None
+                return
+            turn = answer(assistant, current, asked, search=choice, say=say)
+            for view in _watch(turn, current):
+                yield *view, gr.skip()
+
+        settings: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": ANSWERS_AT_ONCE,
+            "concurrency_id": "answers",
+        }
+        heard = [clip, search, talk], [chat, notice, question, clip]
+        runs = [
+            question.submit(by_text, [question, search, talk], [chat, notice, question], **settings),
+            clip.stop_recording(by_voice, *heard, **settings),
+            clip.upload(by_voice, *heard, **settings),
         ]
-        stop.click(None, cancels=asked)
-        chat.clear(lambda: ([], None), outputs=[history, reply], cancels=asked)
-        again.click(lambda: ([], [], None), outputs=[history, chat, reply], cancels=asked)
-    page.queue(default_concurrency_limit=4, max_size=32)
+        question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
+        fresh.click(
+            lambda: ([], "", _IDLE, Talk()),
+            outputs=[chat, notice, question, talk],
+            cancels=runs,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    page.queue(default_concurrency_limit=ANSWERS_AT_ONCE, max_size=64, api_open=False)
     return page
 
 
-class _Talk:
-    """The page's handlers; each yields what changes on the page."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-
-    def typed(self, question: str, history: list[Message], shown: Shown, search: Any, aloud: bool) -> Iterator[Any]:
-        """Answer a typed question; yields question box, history, messages and spoken answer."""
-        if not question.strip():
-            yield question, history, shown, None
-            return
-        for step in self._turn(question.strip(), history, shown, search, aloud=aloud):
-            yield "", *step
-
-    def heard(self, path: str | None, history: list[Message], shown: Shown, search: Any) -> Iterator[Any]:
-        """Answer a spoken question; yields microphone, history, messages and spoken answer."""
-        import gradio as gr
-
-        if path is None:
-            yield None, history, shown, None
-            return
-        if self._parts.ears is None:
-            gr.Warning("The ears are off, or still loading.")
-            yield None, history, shown, None
-            return
-        try:
-            transcript = self._parts.ears.transcribe(decode(Path(path)))
-        except LorikeetError as error:
-            gr.Warning(_sentence(str(error)))
-            yield None, history, shown, None
-            return
-        if not transcript.text:
-            gr.Warning("No speech was heard. Check the microphone, and speak a little longer.")
-            yield None, history, shown, None
-            return
-        for step in self._turn(transcript.text, history, shown, search, aloud=True):
-            yield None, *step
-
-    def _turn(self, question: str, history: list[Message], shown: Shown, search: Any, *, aloud: bool) -> Iterator[Any]:
-        """Yield history, messages and spoken answer as the turn goes on."""
-        import gradio as gr
-
-        assistant = self._parts.assistant
-        if assistant is None:
-            gr.Warning("The model is still loading. Try again in a moment.")
-            yield history, shown, None
-            return
-        history = [*history, Message("user", question)]
-        shown = [*shown, {"role": "user", "content": plain(question)}]
-        yield history, shown, None
-        answer = ""
-        try:
-            for event in assistant.respond(history, search=search, sampling=self._parts.sampling):
-                if isinstance(event, Searching):
-                    yield history, [*shown, _block(f"Looking it up: {event.reason}", "…")], None
-                elif isinstance(event, Found):
-                    shown = [*shown, _block(f"Looked up: {event.reason}", source_list(event.sources))]
-                elif isinstance(event, SearchFailed):
-                    shown = [
-                        *shown,
-                        _block(f"Looked up: {event.reason}", f"{_sentence(event.message)} Answering without it."),
-                    ]
-                elif isinstance(event, Text):
-                    answer += event.text
-                    yield history, [*shown, {"role": "assistant", "content": plain(answer)}], None
-        except LorikeetError as error:
-            gr.Warning(_sentence(str(error)))
-        if not answer.strip():
-            yield history[:-1], shown, None
-            return
-        history = [*history, Message("assistant", answer)]
-        shown = [*shown, {"role": "assistant", "content": plain(answer)}]
-        yield history, shown, self._say(answer) if aloud else None
-
-    def _say(self, answer: str) -> tuple[int, Any] | None:
-        """Return the answer spoken, as Gradio's audio component takes it: rate, and 16-bit samples."""
-        voice, text = self._parts.voice, spoken(answer)
-        parts = list(voice.speak(text)) if voice and text else []
-        if voice is None or not parts:
-            return None
-        samples = np.concatenate(parts)
-        return voice.sample_rate_hz, (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+def hear(ears: Ears, path: Path) -> tuple[str, str]:
+    """Return what is said in a recording, and '' or why there is nothing, in words for the user."""
+    try:
+        text = ears.transcribe(decode(path, max_seconds=MAX_RECORDING_S)).text.strip()
+    except LorikeetError as error:
+        return "", str(error)
+    return text, "" if text else "No speech was heard. Come a little closer to the microphone and try again."
 
 
-def plain(text: str) -> str:
-    """Return `text` so that the page's markdown shows tags as text."""
-    return html.escape(text, quote=False)
+def _watch(turn: Turn, talk: Talk) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield chat, notice and question field while a turn goes on; the field can stop it until it is over."""
+    problem = ""
+    yield gr.skip(), "", _BUSY
+    try:
+        with closing(turn) as problems:
+            for problem in problems:
+                yield talk.shown, _notice(problem), gr.skip()
+    # The edge of a request: it must end with words, and the field must be given back.
+    except Exception:  # noqa: BLE001
+        _log.exception("the page failed to answer")
+        problem = "Something went wrong here; the server's log says more. Try again."
+    yield talk.shown, _notice(problem), _IDLE
 
 
-def source_list(sources: tuple[Source, ...]) -> str:
-    """Return search results as a markdown list of links; only http and https are linked."""
-    lines = []
-    for source in sources:
-        title = re.sub(r"([\\`*_{}\[\]()#+!|<>~-])", r"\\\1", " ".join(source.title.split())) or "Untitled"
-        host = urlsplit(source.url).hostname or ""
-        url = quote(source.url, safe=":/?#@!$&*+,;=%~-._")
-        linked = f"[{plain(title)}]({url})" if source.url.startswith(("http://", "https://")) else plain(title)
-        lines.append(f"- {linked} · {plain(host)}")
-    return "\n".join(lines)
+def answer(assistant: Assistant, talk: Talk, question: str, *, search: Search, say: Say | None = None) -> Turn:
+    """Write a turn into `talk`, yielding at every change a problem in words for the user, '' while there is none.
+
+    The turn is kept also where it is stopped half-way; a question that got no answer is taken out of what the
+    assistant is given next. With `say` the answer is spoken at the end.
+    """
+    talk.turns.append(Message("user", question))
+    talk.shown.append({"role": "user", "content": question})
+    yield ""
+    text, problem = "", ""
+    try:
+        with closing(assistant.respond(talk.turns, search=search)) as events:
+            for text in _shown_events(events, talk):  # noqa: B007  # the last one is kept
+                yield ""
+    except LorikeetError as error:
+        problem = str(error)
+    finally:
+        if text:
+            talk.turns.append(Message("assistant", text))
+        else:
+            talk.turns.pop()
+    player = say(text) if text and say and not problem else ""
+    if player:
+        talk.shown.append({"role": "assistant", "content": player})
+    yield problem or ("" if text else "The model had nothing to say; ask in other words.")
 
 
-def _block(title: str, body: str) -> dict[str, Any]:
-    """Return a collapsible block of the conversation."""
-    return {"role": "assistant", "content": body, "metadata": {"title": plain(title)}}
+def _shown_events(events: Iterator[Event], talk: Talk) -> Iterator[str]:
+    """Write events into `talk.shown` and yield the answer so far, whenever there is something new to see."""
+    text, block, last = "", None, 0.0
+    reason = ""
+    for event in events:
+        if isinstance(event, Searching):
+            reason = event.reason
+            block = len(talk.shown)
+            talk.shown.append(_search_block(f"Searching the web: {reason}", "", pending=True))
+        elif isinstance(event, Found) and block is not None:
+            count = f"{len(event.sources)} source{'s' if len(event.sources) != 1 else ''}"
+            talk.shown[block] = _search_block(f"Searched the web: {reason} · {count}", _sources(event.sources))
+        elif isinstance(event, SearchFailed) and block is not None:
+            why = f'<p class="failed">{html.escape(event.message)}. The answer goes on without it.</p>'
+            talk.shown[block] = _search_block(f"Search failed: {reason}", why)
+        elif isinstance(event, Text):
+            if not text:
+                talk.shown.append({"role": "assistant", "content": ""})
+            text += event.text
+            talk.shown[-1] = {"role": "assistant", "content": text}
+            if time.monotonic() - last < REFRESH_S:
+                continue
+            last = time.monotonic()
+        elif isinstance(event, Done) and event.finish_reason == "length":
+            text += " …"
+            talk.shown[-1] = {"role": "assistant", "content": text}
+        yield text
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+def _search_block(title: str, content: str, *, pending: bool = False) -> dict[str, Any]:
+    """Return the collapsible block that tells of a search: its reason in the title, its sources inside."""
+    metadata = {"title": html.escape(title, quote=False), "status": "pending" if pending else "done"}
+    return {"role": "assistant", "content": content, "metadata": metadata}
+
+
+def _sources(sources: tuple[Source, ...]) -> str:
+    """Return sources as a numbered list of links, on one line so that it stays one block of HTML in Markdown."""
+    items = "".join(f"<li>{_link(source)}<span>{_plain(source.snippet, 220)}</span></li>" for source in sources)
+    return f'<ol class="sources">{items}</ol>'
+
+
+def _link(source: Source) -> str:
+    title = _plain(source.title, 120) or "untitled"
+    parts = urlsplit(source.url)
+    if parts.scheme not in {"http", "https"}:
+        return f"<b>{title}</b>"
+    host = _plain((parts.hostname or "").removeprefix("www."), 80)
+    address = html.escape("".join(source.url.split()))
+    return f'<a href="{address}" target="_blank" rel="noopener noreferrer nofollow">{title}</a> <em>{host}</em>'
+
+
+def _plain(text: str, limit: int) -> str:
+    """Return `text` as one escaped line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return html.escape(line if len(line) <= limit else line[: limit - 1].rstrip() + "…")
+
+
+def _sayer(voice: Voice, clips: Clips) -> Say:
+    """Return what makes the player of a spoken answer, which starts by itself; '' if nothing in it can be said."""
+
+    def say(text: str) -> str:
+        parts = list(voice.speak(spoken(text)))
+        if not parts:
+            return ""
+        name = clips.keep(np.concatenate(parts), voice.sample_rate_hz)
+        return f'<audio controls autoplay src="spoken/{name}"></audio>'
+
+    return say
+
+
+def _notice(problem: str, *, kind: str = "problem") -> str:
+    return f'<div class="{kind}" role="status">{html.escape(problem)}</div>' if problem else ""
 
 
 def _header(model_name: str) -> str:
-    return (
-        '<div class="title"><span class="bird" aria-hidden="true"></span><h1>Lorikeet</h1>'
-        f'<span class="model">{html.escape(model_name)}</span></div>'
-    )
+    model = f'<span class="model" title="the model that answers">{html.escape(model_name)}</span>'
+    line = "A small assistant to write to, or talk with."
+    return f'<header>{mark(38)}<div class="name"><h1>Lorikeet {model}</h1><p>{line}</p></div></header>'
 
 
-def _theme() -> Any:
-    import gradio as gr
+_BUSY = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+_IDLE = gr.Textbox(submit_btn=True, stop_btn=False)
 
-    green = gr.themes.Color(
-        c50="#eef8f3", c100="#d6efe3", c200="#aee0c9", c300="#7ccaa9", c400="#45ae87", c500="#1f916b", c600="#127455",
-        c700="#0f5d46", c800="#0e4a39", c900="#0b3b2e", c950="#05211a",
-    )  # fmt: skip
-    return gr.themes.Base(
-        primary_hue=green,
-        secondary_hue=green,
-        neutral_hue="slate",
-        radius_size="lg",
-        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
-        font_mono=["ui-monospace", "Menlo", "monospace"],
-    )
+_WELCOME = f"""<div class="welcome">{mark(48)}<h2>Ask, or press Record and talk</h2>
+<p>Answers are short, made to be heard. When the web was searched, the reason and the sources are shown.</p></div>"""

@@ -1,0 +1,287 @@
+"""The page in a real browser: text that streams, a fake microphone, searches in sight, and nothing injected."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorikeet.messages import Source
+from lorikeet.serve.assistant import Assistant
+from lorikeet.serve.http import create_app
+from lorikeet.speech import Ears, Voice
+from lorikeet.speech.audio import decode, encode_wav
+from lorikeet.speech.hear import load_ears
+from lorikeet.speech.speak import load_voice
+from tests.serve.fakes import API_KEY, ScriptedEngine, ScriptedProvider, served
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+JFK = Path(__file__).resolve().parents[3] / "shared" / "data" / "speech" / "jfk.wav"
+PARROTS = ("Parrots ", "are ", "green, ", "blue ", "and ", "orange ", "birds.")
+EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+SOURCES = (
+    Source(
+        f"Oslo {EVIL}", 'https://weather.example/oslo?a=1&b="><script>window.hacked=1</script>', f"Light snow. {EVIL}"
+    ),
+    Source("No link", "javascript:window.hacked=1", "x"),
+)
+PATIENCE_MS = 30_000
+
+
+@pytest.fixture(scope="session")
+def ears() -> Ears:
+    return load_ears("whisper-tiny.en")
+
+
+@pytest.fixture(scope="session")
+def voice() -> Voice:
+    return load_voice("hibari")
+
+
+@pytest.fixture(scope="session")
+def clip(voice: Voice, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A question as sound: a human's, or where that is not here, one that the voice says."""
+    if JFK.is_file():
+        return JFK
+    path = tmp_path_factory.mktemp("clip") / "question.wav"
+    samples = np.concatenate(list(voice.speak("And so, my fellow Americans, ask what you can do for your country.")))
+    path.write_bytes(encode_wav(samples, voice.sample_rate_hz))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(clip: Path) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    arguments = [
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={clip}%noloop",
+    ]  # fmt: skip
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, headless=True)
+        yield running
+        running.close()
+
+
+@contextmanager
+def page_of(browser: Any, url: str) -> Iterator[Any]:
+    """Open the page; at the end, it must have asked no other host for anything and shown no dialog."""
+    context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    foreign: list[str] = []
+    page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else foreign.append(r.url))
+    page.on("dialog", lambda dialog: (foreign.append("dialog"), dialog.dismiss()))
+    page.goto(url)
+    try:
+        yield page
+        assert page.evaluate("window.hacked") is None
+        assert foreign == []
+    finally:
+        context.close()
+
+
+def open_page(browser: Any, engine: ScriptedEngine, **parts: Any) -> Any:
+    provider = parts.pop("provider", None)
+    key = parts.pop("api_key", None)
+    app = create_app(Assistant(engine, provider=provider), model_name="parrot-1", api_key=key, **parts)
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        with served(app) as url, page_of(browser, url) as page:
+            yield page
+
+    return opened()
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#question textarea", text)
+    page.press("#question textarea", "Enter")
+
+
+def bot_text(page: Any) -> str:
+    return str(
+        page.evaluate("[...document.querySelectorAll('#chat .bot .message-content')].map(e => e.innerText).join('|')")
+    )
+
+
+def test_an_answer_streams_into_the_page(browser: Any) -> None:
+    engine = ScriptedEngine(*PARROTS, delay_s=0.15)
+    with open_page(browser, engine) as page:
+        assert "parrot-1" in page.inner_text("#top")
+        ask(page, "What are parrots?")
+        page.wait_for_function("document.querySelector('#chat .bot')?.innerText.includes('Parrots are')")
+        early = bot_text(page)
+        assert "birds" not in early, "the answer came in one piece"
+        page.wait_for_selector("text=orange birds.")
+        assert page.input_value("#question textarea") == ""
+        assert page.inner_text("#chat .user").strip() == "What are parrots?"
+        page.wait_for_selector("#question .submit-button")
+        ask(page, "And how many?")
+        page.wait_for_function("document.querySelectorAll('#chat .bot .message-content').length === 2")
+        page.wait_for_selector("#question .submit-button")
+        assert [m.content for m in engine.asked[1]] == ["What are parrots?", "".join(PARROTS), "And how many?"]
+        assert not page.is_visible("#clip")  # no ears, no microphone
+
+
+def test_stop_ends_the_answer_and_the_engine(browser: Any) -> None:
+    engine = ScriptedEngine(*["word "] * 300, delay_s=0.05)
+    with open_page(browser, engine) as page:
+        ask(page, "Talk")
+        page.wait_for_selector("text=word word")
+        page.click("#question .stop-button")
+        page.wait_for_selector("#question .submit-button")
+        assert engine.closed.wait(5)
+        assert engine.given < 200
+        engine.pieces = ("Fine.",)
+        ask(page, "Still there?")
+        page.wait_for_selector("text=Fine.")
+        assert [m.role for m in engine.asked[1]] == ["user", "assistant", "user"]
+
+
+def test_a_new_conversation_forgets(browser: Any) -> None:
+    engine = ScriptedEngine("Hello.")
+    with open_page(browser, engine) as page:
+        ask(page, "My name is Ada")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        page.click("#fresh")
+        page.wait_for_selector("#chat .welcome")
+        ask(page, "Who am I?")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        assert [m.content for m in engine.asked[1]] == ["Who am I?"]
+
+
+def test_a_search_is_shown_with_its_reason_and_sources(browser: Any) -> None:
+    engine = ScriptedEngine("Light snow. ", EVIL, " [x](javascript:window.hacked=1)")
+    with open_page(browser, engine, provider=ScriptedProvider(*SOURCES)) as page:
+        ask(page, f"What is the weather? {EVIL}")
+        page.wait_for_selector("#chat .bot >> text=Light snow.")
+        title = page.locator(".thought-group .title")
+        assert 'you asked about "weather" · 2 sources' in title.inner_text()
+        page.wait_for_selector("#chat .sources", state="hidden")  # it folds when the search is over
+        title.click()
+        page.wait_for_selector("#chat .sources")
+        links = page.locator("#chat .sources a")
+        assert links.count() == 1
+        assert links.get_attribute("href").startswith("https://weather.example/oslo?a=1")
+        assert "noopener" in links.get_attribute("rel")
+        assert EVIL in page.inner_text("#chat .sources")  # as text
+        for link in page.locator("#chat a").all():
+            assert not (link.get_attribute("href") or "").startswith("javascript")
+        assert page.locator("#chat script").count() == 0
+        assert page.locator("#chat [onerror]").count() == 0
+
+
+def test_a_failed_search_is_said_and_the_answer_goes_on(browser: Any) -> None:
+    provider = ScriptedProvider(failure="DuckDuckGo did not answer within 8 s")
+    with open_page(browser, ScriptedEngine("Anyway."), provider=provider) as page:
+        page.click("#search label:has-text('Always')")
+        ask(page, "Hi")
+        page.wait_for_selector("#chat .bot >> text=Anyway.")
+        assert "Search failed: search is set to always" in page.inner_text(".thought-group .title")
+        page.click(".thought-group .title")
+        page.wait_for_selector("text=DuckDuckGo did not answer within 8 s. The answer goes on without it.")
+
+
+def test_an_engine_that_fails_is_said_in_words(browser: Any) -> None:
+    engine = ScriptedEngine("Hello.")
+    with open_page(browser, engine) as page:
+        engine.down = True
+        ask(page, "Hi")
+        page.wait_for_selector("#notice .problem >> text=does not answer")
+        page.wait_for_selector("#question .submit-button")
+        engine.down = False
+        ask(page, "Again")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        assert [m.content for m in engine.asked[1]] == ["Again"]
+
+
+def test_a_spoken_question_comes_back_as_a_spoken_answer(browser: Any, ears: Ears, voice: Voice) -> None:
+    engine = ScriptedEngine(*PARROTS)
+    with open_page(browser, engine, ears=ears, voice=voice) as page:
+        page.click("#clip .record-button")
+        page.wait_for_selector("#clip .stop-button")
+        page.wait_for_timeout(4500)
+        page.click("#clip .stop-button")
+        page.wait_for_selector("#chat .user")
+        heard = page.inner_text("#chat .user").lower()
+        assert "fellow" in heard
+        assert engine.asked[0][-1].content.lower() == heard.strip()
+        player = page.wait_for_selector("#chat audio")
+        address = page.url + str(player.get_attribute("src"))
+        sound = page.request.get(address).body()
+        page.wait_for_function("document.querySelector('#chat audio').currentTime > 0.2")  # it plays by itself
+        page.wait_for_selector("#clip .record-button")  # ready for the next question
+    with wave.open(io.BytesIO(sound)) as file:
+        assert file.getframerate() == voice.sample_rate_hz
+    samples = decode(sound)
+    assert samples.size > 16_000
+    assert float(np.sqrt(np.mean(np.square(samples)))) > 0.01
+    words = set(re.findall("[a-z]+", ears.transcribe(samples).text.lower()))
+    assert len(words & {"parrots", "green", "blue", "orange", "birds"}) >= 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"this is a text and no sound at all", "is not an audio file"),
+        (encode_wav(np.zeros(16_000, np.float32), 16_000), "No speech was heard"),
+    ],
+)
+def test_what_cannot_be_heard_is_said_in_words(browser: Any, ears: Ears, data: bytes, words: str) -> None:
+    with open_page(browser, ScriptedEngine(), ears=ears) as page:
+        page.click('#clip [aria-label="Upload file"]')
+        page.set_input_files('#clip input[type="file"]', {"name": "sound.wav", "mimeType": "audio/wav", "buffer": data})
+        page.wait_for_selector(f"#notice .problem >> text={words}")
+        assert page.locator("#chat .user").count() == 0
+
+
+def test_an_uploaded_clip_is_heard(browser: Any, ears: Ears, clip: Path) -> None:
+    engine = ScriptedEngine(*PARROTS)
+    with open_page(browser, engine, ears=ears) as page:
+        page.click('#clip [aria-label="Upload file"]')
+        page.set_input_files('#clip input[type="file"]', str(clip))
+        page.wait_for_selector("#chat .bot >> text=orange birds.")
+        assert "country" in page.inner_text("#chat .user")
+        assert page.locator("#chat audio").count() == 0  # no voice, no player
+
+
+def test_with_a_key_the_page_asks_for_it_once(browser: Any) -> None:
+    with open_page(browser, ScriptedEngine("Welcome in."), api_key=API_KEY) as page:
+        page.fill("input[name=key]", "wrong")
+        page.click("button")
+        page.wait_for_selector("text=That key is not right.")
+        page.fill("input[name=key]", API_KEY)
+        page.click("button")
+        page.wait_for_selector("#question textarea")
+        ask(page, "Hi")
+        page.wait_for_selector("#chat .bot >> text=Welcome in.")
+        page.reload()
+        page.wait_for_selector("#question textarea")
+        cookie = page.context.cookies()[0]
+        assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+        assert API_KEY not in cookie["value"]
+
+
+def test_the_page_fits_a_phone(browser: Any, ears: Ears) -> None:
+    with open_page(browser, ScriptedEngine("word " * 60), ears=ears) as page:
+        page.set_viewport_size({"width": 390, "height": 844})
+        ask(page, "x" * 120)
+        page.wait_for_selector("#chat .bot >> text=word word")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for part in ("#composer", "#clip .record-button", "#fresh"):
+            box = page.locator(part).bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 390
+            assert box["y"] + box["height"] <= 844
