@@ -46,7 +46,7 @@ def _answer(engine: Engine, history: list[Message], system_prompt: str, *, max_t
     text = ""
     messages = Conversation(tuple(history)).with_system(system_prompt).messages
     try:
-        with closing(engine.stream(messages, max_tokens=max_tokens, temperature=temperature)) as deltas:  # type: ignore[type-var]  # engines stream from generators
+        with closing(engine.stream(messages, max_tokens=max_tokens, temperature=temperature)) as deltas:
             for delta in deltas:
                 text += delta.text
                 print(delta.text, end="", flush=True)

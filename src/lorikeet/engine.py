@@ -16,7 +16,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -48,7 +48,7 @@ class Engine(Protocol):
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Yield the answer in whole characters; the last delta has the finish reason and the usage.
 
         With a `seed` no cached prefix is used, so the same request gives the same answer. Closing the iterator
@@ -126,7 +126,7 @@ class HttpEngine:
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Yield the answer; see `Engine.stream`."""
         body: dict[str, Any] = {
             "model": self.name,
@@ -143,7 +143,7 @@ class HttpEngine:
             body["stop"] = list(stop)
         yield from self._deltas(body)
 
-    def _deltas(self, body: dict[str, Any]) -> Iterator[Delta]:
+    def _deltas(self, body: dict[str, Any]) -> Generator[Delta, None, None]:
         finish: Any = None
         usage: Usage | None = None
         with self._failures(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -144,7 +144,7 @@ class Assistant:
             stop=stop,
             **sampling,
         )
-        with closing(answer) as deltas:  # type: ignore[type-var]  # every engine's stream is a generator
+        with closing(answer) as deltas:
             for delta in deltas:
                 if delta.text:
                     yield Text(delta.text)

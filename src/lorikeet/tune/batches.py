@@ -10,10 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from lorikeet.errors import InputError
 from lorikeet.messages import Conversation
 from lorikeet.prompt import Encoded, PromptFormat
+
+SHOWN_FROM = 2000
+"""Encoding shows its progress from this many conversations: a thousand take about a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +71,12 @@ def encode_all(
     Longer ones are truncated or dropped, and so are those that the template refuses or that keep no supervised token;
     all are counted. Raises InputError when `on_long` is `error` and one is too long, or when nothing is left.
     """
+    console = Console(stderr=True)
+    quiet = not console.is_terminal or len(conversations) < SHOWN_FROM
     rows: list[Encoded] = []
     truncated = dropped = 0
     refusal = ""
-    for conversation in conversations:
+    for conversation in track(conversations, "encoding", console=console, transient=True, disable=quiet):
         try:
             row = prompt.encode(conversation)
         except InputError as error:
