@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 import sys
 from dataclasses import fields
 from difflib import get_close_matches
@@ -36,6 +37,9 @@ app = App(
     help_on_error=False,
     result_action="return_value",
 )
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+"""`owner/name`, with a revision after `@`: what is asked of the hub if no such path is here."""
 
 Json = Annotated[bool, Parameter(name="--json", negative=())]
 
@@ -132,7 +136,7 @@ def chat(target: str, *, system: str | None = None, max_tokens: int = 512, tempe
     Parameters
     ----------
     target
-        A run folder, a GGUF file, a packaged name, or the URL of an OpenAI-compatible server.
+        A run folder, a GGUF file, a model (packaged, hub id or folder), or the URL of an OpenAI-compatible server.
     system
         The system turn; by default the run's own.
     max_tokens
@@ -160,7 +164,7 @@ def serve(target: str, config: ServeConfig | None = None) -> int:
     Parameters
     ----------
     target
-        A run folder, a GGUF file, a packaged name, or the URL of an OpenAI-compatible server.
+        A run folder, a GGUF file, a model (packaged, hub id or folder), or the URL of an OpenAI-compatible server.
     """
     _serve(target, config or ServeConfig())
     return 0
@@ -267,7 +271,7 @@ def _open(target: str, config: ServeConfig) -> tuple[Any, str, str]:
 def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, str]:
     """Return what a TARGET means: its GGUF file or URL, its system prompt and the name it is served under.
 
-    Raises InputError if it is none of a run folder, a GGUF file, a packaged model and a URL.
+    A model that is not packaged is written as GGUF into the cache first. Raises InputError if it is none of these.
     """
     from lorikeet.run import RunFolder
     from lorikeet.weights import PACKAGES, packaged_gguf
@@ -285,11 +289,17 @@ def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, s
         return path, SYSTEM_PROMPT, path.stem
     if target in PACKAGES and any(file.endswith(".gguf") for file in PACKAGES[target].files):
         return packaged_gguf(target), SYSTEM_PROMPT, target
+    if (path / "config.json").is_file() or (not path.exists() and HUB_ID.fullmatch(target)):
+        from lorikeet.export.stage import convert
+
+        return convert(target, config.quant), SYSTEM_PROMPT, target
     if path.is_dir():
         raise InputError(
-            f"{target} is a folder but not a run (no run.json); name a run, a GGUF file, {PACKAGED_MODEL} or a URL"
+            f"{target} is a folder but neither a run nor a model; name a run, a GGUF file, {PACKAGED_MODEL} or a URL"
         )
-    raise InputError(f"{target} is not there; name a run folder, a GGUF file, {PACKAGED_MODEL} or a URL")
+    raise InputError(
+        f"{target} is not there; name a run folder, a GGUF file, a model such as {PACKAGED_MODEL}, or a URL"
+    )
 
 
 def _serve(target: str, config: ServeConfig) -> None:

@@ -19,7 +19,7 @@ from lorikeet.export.gguf import write_gguf
 from lorikeet.export.merge import merge
 from lorikeet.files import atomic_file, atomic_folder, require_disk
 from lorikeet.run import RunFolder
-from lorikeet.weights import base_gguf_path, base_name, model_identity, resolve_model
+from lorikeet.weights import base_gguf_path, base_name, cache_folder, model_identity, resolve_model
 
 
 def export(root: Path, config: ExportConfig) -> RunFolder:
@@ -47,6 +47,19 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
             _tuned_gguf(run, merged, quant)
             _base_gguf(run, base, adapter, quant)
     return run
+
+
+def convert(name: str, quant: str) -> Path:
+    """Return the GGUF of a model that is no run, a hub id or a folder, written into the cache the first time.
+
+    Raises InputError for a name that is no model or an architecture that cannot be written.
+    """
+    folder = resolve_model(name)
+    path = cache_folder() / "gguf" / model_identity(name, folder)["sha256"][:16] / f"model-{quant}.gguf"
+    if not path.is_file():
+        with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:
+            write_gguf(folder, beside, quant=quant, name=name, progress=progress)
+    return path
 
 
 def _merged(run: RunFolder, base: Path, adapter: Path) -> Path:
