@@ -49,7 +49,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
         (["export", "nope"], "nope is not a run folder"),
         (["export", "nope", "--quant", "q8_0,q9"], '"q9" is not one of f16, q8_0'),
         (["chat", "nope.gguf"], "nope.gguf is not there"),
-        (["chat", "."], "is a folder but not a run"),
+        (["chat", "."], "is a folder but neither a run nor a model"),
         (["serve", "nope"], "nope is not there"),
         (["serve", "x", "--port", "http"], 'unable to convert "http" into int'),
         (["quickstart", "--minutes", "0"], "--minutes is 0.0; it must be above 0"),
@@ -147,6 +147,8 @@ def test_the_loop_from_the_command_line(tiny_model: Path, tmp_path: Path) -> Non
     proof = json.loads(done.stdout)
     assert done.returncode == (0 if proof["verdict"] == "ship" else 1)
     assert proof["heldout"]["ci95"][1] < 0
+    whole = lorikeet("chat", str(tiny_model), "--max-tokens", "5", cwd=tmp_path, env=environment, input="hello there\n")
+    assert whole.returncode == 0 and whole.stdout.strip(), whole.stderr
     talked = lorikeet(
         "chat", "run", "--max-tokens", "5", cwd=tmp_path, env=environment, input="hello there\n/new\nhello\n"
     )

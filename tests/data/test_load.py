@@ -48,6 +48,15 @@ def test_every_layout_in_every_format(tmp_path: Path, ending: str, layout: str, 
     ] * 2
 
 
+def test_a_folder_of_files_is_read_as_a_dataset_would_be(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    save(tmp_path / "data" / "train-00000-of-00001.parquet", [SHAREGPT, SHAREGPT])
+    save(tmp_path / "data" / "test-00000-of-00001.parquet", [MESSAGES])
+    save(tmp_path / "dataset_infos.json", [{"not": "rows"}])
+    loaded = load_conversations(str(tmp_path))
+    assert (loaded.layout, len(loaded.conversations)) == ("sharegpt", 2)
+
+
 def test_a_json_object_that_holds_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "wrapped.json"
     path.write_text(json.dumps({"version": 1, "data": [SHAREGPT]}))
