@@ -294,9 +294,9 @@ class _Log:
             for line in pipe:
                 self._lines = [*self._lines[-19:], line.decode("utf-8", "replace").rstrip()]
 
-    def last_lines(self, count: int = 2) -> str:
-        """Return the last lines that say something, on one line."""
-        return " / ".join(line for line in self._lines if line)[-400:] if count else ""
+    def last_lines(self) -> str:
+        """Return the end of what was written, on one line."""
+        return " / ".join(line for line in self._lines if line)[-400:]
 
 
 def _start_child(settings: dict[str, Any], gguf: Path) -> tuple[subprocess.Popen[bytes], _Log, int]:
