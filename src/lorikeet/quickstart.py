@@ -7,6 +7,8 @@ It calls the stages in their order and hands nothing from one to the next but th
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -77,15 +79,24 @@ def summary(run: RunFolder, proof: dict[str, Any], *, seconds: float) -> str:
             f"  after    {_short(pair['tuned']['text'])}",
             "",
         ]
+    command = typed_command()
     lines += [
         f"  report   {run.reports / 'proof.html'}",
         f"  files    {run.root}: adapter/  merged/  gguf/  reports/",
-        f"  next     lorikeet serve {run.root}      the page and the API",
-        f"           lorikeet chat {run.root}       in the terminal",
-        f"           lorikeet tune --model {PACKAGED_MODEL} --data YOUR.jsonl --out runs/mine",
+        f"  next     {command} serve {run.root}      the page and the API",
+        f"           {command} chat {run.root}       in the terminal",
+        f"           {command} tune --model {PACKAGED_MODEL} --data YOUR.jsonl --out runs/mine",
         "",
     ]
     return "\n".join(lines)
+
+
+def typed_command() -> str:
+    """Return how this command line is called from here: `lorikeet` if it is on the PATH, else its path."""
+    started = Path(sys.argv[0])
+    if started.name != "lorikeet" or shutil.which("lorikeet"):
+        return "lorikeet"
+    return os.path.relpath(started)
 
 
 def _telling(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
