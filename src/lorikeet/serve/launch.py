@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LlamaEngine
 from lorikeet.errors import InputError
+from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
 from lorikeet.serve.server import Listener, run_server
 
@@ -37,6 +38,8 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
     Raises InputError for settings that cannot be served, MachineError or EngineError for what cannot be loaded.
     """
     check_exposure(config)
+    if isinstance(target, Path):
+        read_header(target)
     # Imported here and not above: the search and web packages are extras, and the settings are checked first.
     from lorikeet.serve.search.provider import load_provider
 

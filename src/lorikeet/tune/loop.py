@@ -150,6 +150,8 @@ def _read(config: TuneConfig) -> tuple[Path, PromptFormat, Loaded, Split]:
     parts = split(
         distinct, validation_share=config.validation_share, heldout_share=config.heldout_share, seed=config.seed
     )
+    base_folder = resolve_model(config.model)
+    prompt = PromptFormat.load(base_folder)
     _say(
         f"{config.data}: {len(loaded.conversations)} conversations ({loaded.layout}), "
         f"{len(loaded.conversations) - len(distinct)} repeated, {len(loaded.broken)} broken; "
@@ -157,8 +159,7 @@ def _read(config: TuneConfig) -> tuple[Path, PromptFormat, Loaded, Split]:
     )
     for broken in loaded.broken[:3]:
         _say(f"left out {broken.where}: {broken.why}")
-    base_folder = resolve_model(config.model)
-    return base_folder, PromptFormat.load(base_folder), loaded, parts
+    return base_folder, prompt, loaded, parts
 
 
 def _prepare(
