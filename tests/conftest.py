@@ -96,17 +96,14 @@ def make_tokenizer(template: str = CHATML, *, bos: str | None = None) -> Any:
 def make_model(folder: Path, *, family: str = "llama", tied: bool = True, tokenizer: Any = None, seed: int = 0) -> Path:
     """Save a random model of two layers with its tokenizer to `folder`, float32, and return it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     tokenizer = tokenizer or make_tokenizer()
-    kinds: dict[str, Any] = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    config_class, model_class = kinds[family]
+    config_class = CONFIG_MAPPING[family]
     torch.manual_seed(seed)
+    more = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]} if "gemma3" in family else {}
     config = config_class(
+        **more,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -121,7 +118,7 @@ def make_model(folder: Path, *, family: str = "llama", tied: bool = True, tokeni
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
-    model_class(config).save_pretrained(folder)
+    MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

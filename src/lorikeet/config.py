@@ -70,7 +70,7 @@ class TuneConfig:
     max_minutes: float = 0.0
     """Stop tuning after this time; the schedule is fitted to it. 0 for no bound."""
     batch_size: int = 4
-    """Conversations in a micro-batch."""
+    """Conversations in a micro-batch; one of more than `max_length` tokens is split, which changes no sum."""
     gradient_accumulation_steps: int = 2
     """Micro-batches in a step, weighed by supervised tokens."""
     warmup_ratio: float = 0.01
@@ -85,6 +85,14 @@ class TuneConfig:
     """The adapter's output is scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
     """Dropout on the adapter's input."""
+    use_rslora: bool = False
+    """Scale the adapter's output by lora_alpha / sqrt(lora_r) instead (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Tune each weight's magnitude beside its direction (DoRA, arXiv 2402.09353): slower."""
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    """How the adapter starts: as nothing, or as the base's principal components (PiSSA, arXiv 2404.02948)."""
+    loraplus_lr_ratio: float = 1.0
+    """The B matrices learn so many times faster than the A matrices (LoRA+, arXiv 2402.12354)."""
     target_modules: Annotated[tuple[str, ...], COMMAS] = (
         "q_proj",
         "k_proj",
@@ -97,14 +105,22 @@ class TuneConfig:
     """Linear layers that get an adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    torch_compile: bool = False
+    """Compile the decoder's blocks; on a CPU with AVX-512 the fast path is quicker without."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or with its moments in 8 bits (bitsandbytes; needs a GPU)."""
+    load_in_4bit: bool = False
+    """Keep the base's weights in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes; needs a GPU)."""
+    early_stopping_patience: int = 0
+    """Stop after so many validations without improvement; 0 never."""
     eval_steps: int = 50
     """Validate every so many steps."""
     save_steps: int = 50
     """Write a checkpoint every so many steps."""
     save_total_limit: int = 2
     """How many of the newest checkpoints stay (the best one stays besides)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; auto is bfloat16 where the processor has it natively, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type; auto is bfloat16 where the hardware has it natively, else float16 on a GPU and float32 on a CPU."""
     seed: int = 3407
     """Seed of the split, the order, the adapter's start and dropout."""
 

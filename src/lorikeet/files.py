@@ -69,6 +69,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise disk_error(error, path) from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process has left half-written in or below `folder`; no other process may be writing there."""
+    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it into place if the block ends well, else remove it.

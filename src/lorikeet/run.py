@@ -64,7 +64,7 @@ class RunFolder:
 
         Raises InputError if `root` is a file or a folder that holds anything.
         """
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(not path.name.endswith(".part") for path in root.iterdir())):
             raise InputError(
                 f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"
             )

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorikeet.config import TuneConfig
 from lorikeet.errors import InputError
 from lorikeet.prompt import Encoded, PromptFormat
-from lorikeet.tune.batches import count_steps, encode_all, pack, steps
-from lorikeet.tune.loss import mean_loss, summed_loss
+from lorikeet.tune.adapter import apply_lora
+from lorikeet.tune.batches import count_steps, encode_all, pack, pack_all, steps
+from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations
 
 
 def rows_of(tiny_model: Path, count: int = 12) -> list[Encoded]:
     return encode_all(PromptFormat.load(tiny_model), make_conversations(count), max_length=100, on_long="error").rows
-
-
-def test_a_packed_row_scores_as_its_conversations_do_alone(tiny_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    rows = rows_of(tiny_model, 5)
-    alone = [summed_loss(model, pack([row]), autocast_dtype=torch.float32).item() for row in rows]
-    together = summed_loss(model, pack(rows), autocast_dtype=torch.float32).item()
-    assert together == pytest.approx(sum(alone), rel=1e-5)
 
 
 def test_the_loss_is_the_models_own(tiny_model: Path) -> None:
@@ -36,14 +30,17 @@ def test_the_loss_is_the_models_own(tiny_model: Path) -> None:
         [[token if counted else -100 for token, counted in zip(row.ids, row.supervised, strict=True)]]
     )
     expected = model(input_ids=torch.tensor([row.ids]), labels=labels).loss.item()
-    assert mean_loss(model, [pack([row])], autocast_dtype=torch.float32) == pytest.approx(expected, rel=1e-5)
+    config = TuneConfig()
+    tuned = apply_lora(model, config)
+    scorer = Scorer.build(tuned, config, dtype=torch.float32)
+    assert scorer.mean_loss([pack([row])], device=torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
     drawn = [
         tuple(b.ids.flatten().tolist())
-        for step in islice(steps(rows, batch_size=1, accumulation=2, seed=1), 12)
+        for step in islice(steps(rows, batch_size=1, accumulation=2, max_tokens=500, seed=1), 12)
         for b in step
     ]
     everything = sorted(tuple(row.ids) for row in rows)
@@ -53,8 +50,8 @@ def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> No
 
 def test_a_later_start_gives_the_same_steps(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
-    whole = list(islice(steps(rows, batch_size=2, accumulation=2, seed=9), 7))
-    rest = list(islice(steps(rows, batch_size=2, accumulation=2, seed=9, first_step=4), 3))
+    whole = list(islice(steps(rows, batch_size=2, accumulation=2, max_tokens=500, seed=9), 7))
+    rest = list(islice(steps(rows, batch_size=2, accumulation=2, max_tokens=500, seed=9, first_step=4), 3))
     assert [[b.ids.tolist() for b in step] for step in whole[4:]] == [[b.ids.tolist() for b in step] for step in rest]
 
 
@@ -84,3 +81,14 @@ def test_steps_are_counted_as_drawn() -> None:
         25,
         1,
     ]
+
+
+def test_a_micro_batch_is_bound_in_conversations_and_in_tokens(tiny_model: Path) -> None:
+    rows = rows_of(tiny_model)
+    longest = max(len(row.ids) for row in rows)
+    batches = pack_all(rows, batch_size=4, max_tokens=3 * longest)
+    assert all(batch.tokens <= 3 * longest and len(batch.documents) <= 5 for batch in batches)
+    drawn = sorted(tuple(b.ids[0, s:e].tolist()) for b in batches for s, e in pairwise(b.documents.tolist()))
+    assert drawn == sorted(tuple(row.ids) for row in rows)
+    alone = pack_all(rows, batch_size=4, max_tokens=1)
+    assert len(alone) == len(rows)

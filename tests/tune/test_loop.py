@@ -24,7 +24,7 @@ from lorikeet.run import RunFolder
 from lorikeet.tune import loop
 from lorikeet.tune.adapter import apply_lora
 from lorikeet.tune.batches import encode_all, pack
-from lorikeet.tune.loss import summed_loss
+from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations, write_jsonl
 
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_is_the_adapter(
     config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 4.0, 3.0, 3.5, 4.5])  # steps 0, 2, 4, 6, 8: the run overfits after step 4
-    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(Scorer, "mean_loss", lambda *_, **__: next(losses))
     run = loop.tune(replace(config, max_steps=8, eval_steps=2, save_total_limit=1), out=tmp_path / "run")
     assert run.manifest()["tuned"]["best_step"] == 4
     assert sorted(path.name for path in (run.root / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
@@ -155,13 +155,15 @@ def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
     gradients = []
     for parts in ([rows], [rows[:7], rows[7:]]):
         torch.manual_seed(0)
-        model = apply_lora(AutoModelForCausalLM.from_pretrained(tiny_model), TuneConfig(lora_dropout=0.0))
+        config = TuneConfig(lora_dropout=0.0)
+        model = apply_lora(AutoModelForCausalLM.from_pretrained(tiny_model), config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+        scorer = Scorer.build(model, config, dtype=torch.float32)
         total = sum(row.supervised_tokens for row in rows)
         for part in parts:
-            (summed_loss(model, pack(part), autocast_dtype=torch.float32) / total).backward()
+            (scorer.summed_loss(pack(part)) / total).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 

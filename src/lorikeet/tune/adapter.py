@@ -7,19 +7,25 @@ save_adapter(model, folder)
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, MachineError, MissingExtraError
 from lorikeet.weights import quiet_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def pick_device() -> torch.device:
@@ -28,50 +34,67 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """Return the compute type for `auto`, `float32` or `bfloat16`.
+    """Return the compute type for `auto`, `float32`, `bfloat16` or `float16`.
 
-    auto is bfloat16 where the hardware multiplies it natively (AVX-512 BF16 or AMX on a CPU), else float32.
+    auto is bfloat16 where the hardware multiplies it natively (AVX-512 BF16 or AMX on a CPU), else float16 on a GPU
+    and float32 on a CPU. Raises InputError for float16 on a CPU.
     """
+    if asked == "float16" and device.type == "cpu":
+        raise InputError("dtype float16 needs a GPU; use bfloat16, float32 or auto")
     if asked != "auto":
-        return torch.bfloat16 if asked == "bfloat16" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the causal language model in `folder`, ready to be tuned. Raises InputError if it cannot be read."""
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool = False) -> Any:
+    """Return the causal language model in `folder`, ready to be tuned, its linear layers in NF4 if `in_4bit`.
+
+    Raises InputError if it cannot be read, MachineError if 4 bits are asked for and there is no GPU.
+    """
     quiet_transformers()
+    more: dict[str, Any] = {}
+    if in_4bit:
+        if device.type != "cuda":
+            raise MachineError("load_in_4bit needs a CUDA GPU and there is none; tune without it")
+        more["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        more["device_map"] = {"": device.index or 0}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "gpu") from error
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{folder} is no causal language model that can be loaded: {str(error).splitlines()[0]}"
         ) from error
     model.config.use_cache = False
-    return model.to(device)  # type: ignore[arg-type]  # a decorator hides that it takes a device
+    return model if in_4bit else model.to(device)  # type: ignore[arg-type]  # a decorator hides that it takes a device
 
 
 def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
     """Return `model` with its weights frozen and a float32 LoRA adapter on `config.target_modules`.
 
-    LoRA: Hu et al., 2021, arXiv 2106.09685. Raises InputError if no module has any of these names.
+    LoRA: Hu et al., 2021, arXiv 2106.09685. With PiSSA the base's weights lose what the adapter starts with.
+    Raises InputError if no module has any of these names.
     """
     from peft import LoraConfig, get_peft_model
 
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    missing = [name for name in config.target_modules if name not in found]
-    if missing:
-        raise InputError(
-            f"target_modules: {', '.join(missing)} not in {config.model}; its linear layers are {', '.join(sorted(found))}"
-        )
+    check_targets(model, config)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -79,9 +102,19 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         tuned = get_peft_model(model, lora, autocast_adapter_dtype=True)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return tuned
+
+
+def check_targets(model: torch.nn.Module, config: TuneConfig) -> None:
+    """Raise InputError for target modules that `model` does not have, naming those it has."""
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    missing = [name for name in config.target_modules if name not in found]
+    if missing:
+        raise InputError(
+            f"target_modules: {', '.join(missing)} not in {config.model}; its linear layers are {', '.join(sorted(found))}"
+        )
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -89,10 +122,32 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path, *, base: str) -> None:
-    """Write `adapter_config.json`, naming `base` as the model it belongs to, and `adapter_model.safetensors`."""
+def save_adapter(model: PeftModel, folder: Path, *, base: str, start: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `adapter_config.json`, naming `base` as the model it belongs to, and `adapter_model.safetensors`.
+
+    `start` holds the parameters that a PiSSA adapter began with: what is written then is the difference, a plain LoRA
+    of twice the rank that belongs to the base as it was.
+    """
     model.peft_config["default"].base_model_name_or_path = base
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base's config on the hub to see whether it was resized
         model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run has its own
+    if start is not None:
+        _subtract_start(folder, start)
+
+
+def _subtract_start(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Rewrite the adapter in `folder` as [A; A0] and [B, -B0], so that it adds B A - B0 A0."""
+    weights = load_file(folder / WEIGHTS)
+    for name, first in start.items():
+        saved = name.replace(".default.", ".")
+        if ".lora_A." in name:
+            weights[saved] = torch.cat([weights[saved], first.to(weights[saved])])
+        else:
+            weights[saved] = torch.cat([weights[saved], -first.to(weights[saved])], dim=1)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    grown = math.sqrt(2) if config["use_rslora"] else 2
+    config |= {"r": 2 * config["r"], "lora_alpha": config["lora_alpha"] * grown, "init_lora_weights": True}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

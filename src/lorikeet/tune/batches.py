@@ -1,7 +1,7 @@
 """Encoded conversations -> steps of packed micro-batches, in an order that depends on the seed alone.
 
-A micro-batch is one row: its conversations stand one after the other, positions restart at each, and transformers
-masks attention so that none sees another. There is no padding. It does not know the model.
+A micro-batch is one row: its conversations stand one after the other, positions restart at each, and `documents` says
+where, so that none sees another. There is no padding. It does not know the model.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Batch:
     """Places whose next token is supervised, int64, shape (scored,)."""
     labels: torch.Tensor
     """The tokens that follow those places, int64, shape (scored,)."""
+    documents: torch.Tensor
+    """Where each conversation starts, and the end of the row, int64, shape (conversations + 1,), always on the CPU."""
 
     @property
     def tokens(self) -> int:
@@ -41,7 +43,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        return Batch(*(part.to(device) for part in (self.ids, self.positions, self.scored, self.labels)))
+        ids, positions, scored, labels = (p.to(device) for p in (self.ids, self.positions, self.scored, self.labels))
+        return Batch(ids, positions, scored, labels, self.documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +112,33 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     scored: list[int] = []
+    bounds = [0]
     for row in rows:
         start = len(ids)
         ids += row.ids
         positions += range(len(row.ids))
         scored += [start + place - 1 for place in range(1, len(row.ids)) if row.supervised[place]]
+        bounds.append(len(ids))
     token_ids = torch.tensor([ids])
     places = torch.tensor(scored)
-    return Batch(token_ids, torch.tensor([positions]), places, token_ids[0, places + 1])
+    return Batch(token_ids, torch.tensor([positions]), places, token_ids[0, places + 1], torch.tensor(bounds))
+
+
+def pack_all(rows: Sequence[Encoded], *, batch_size: int, max_tokens: int) -> list[Batch]:
+    """Return the rows, shortest first, in micro-batches of at most `batch_size` conversations and `max_tokens` tokens.
+
+    A single conversation may be longer than `max_tokens`. How rows are put together changes no sum over them, only the
+    memory that the largest micro-batch takes.
+    """
+    groups: list[list[Encoded]] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if not groups or len(groups[-1]) == batch_size or tokens + len(row.ids) > max_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += len(row.ids)
+    return [pack(group) for group in groups]
 
 
 def count_steps(rows: int, *, conversations_per_step: int, epochs: float) -> int:
@@ -125,20 +147,17 @@ def count_steps(rows: int, *, conversations_per_step: int, epochs: float) -> int
 
 
 def steps(
-    rows: Sequence[Encoded], *, batch_size: int, accumulation: int, seed: int, first_step: int = 0
+    rows: Sequence[Encoded], *, batch_size: int, accumulation: int, max_tokens: int, seed: int, first_step: int = 0
 ) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each step without end, from step `first_step`, a new random order every pass.
-
-    Within a step conversations are sorted by length, which changes nothing in its sum and evens the micro-batches.
-    """
+    """Yield the micro-batches of each step without end, from step `first_step`, a new random order every pass."""
     per_step = batch_size * accumulation
     per_pass = -(-len(rows) // per_step)
     for step in _count_from(first_step):
         pass_number, place = divmod(step, per_pass)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + pass_number)
         order = torch.randperm(len(rows), generator=generator).tolist()
-        chosen = sorted((rows[i] for i in order[place * per_step : (place + 1) * per_step]), key=lambda r: len(r.ids))
-        yield [pack(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+        chosen = [rows[i] for i in order[place * per_step : (place + 1) * per_step]]
+        yield pack_all(chosen, batch_size=batch_size, max_tokens=max_tokens)
 
 
 def _count_from(first: int) -> Iterator[int]:

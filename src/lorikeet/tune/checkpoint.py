@@ -1,9 +1,9 @@
 """Checkpoints: everything that the next step depends on, written whole or not at all.
 
-    save(run, state)                                  # RUN/checkpoints/step-000100/
-    state = restore(latest(run), model, optimizer)
+    save(run, state, parameters, optimizer, scaler)    # RUN/checkpoints/step-000100/
+    state = restore(latest(run), parameters, optimizer, scaler)
 
-A checkpoint holds the adapter, the optimizer's moments, the random state and the counters; the data's position follows
+A checkpoint holds the adapter, the optimizer's moments, the loss scale, the random state and the counters; the data's position follows
 from the step. Tensors are safetensors: nothing in it can execute.
 """
 
@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import InputError
-from lorikeet.files import atomic_folder
+from lorikeet.files import atomic_folder, require_disk
 from lorikeet.run import RunFolder
 
 STATE = "state.json"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+SCALER = "scaler:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class State:
     """How long the first validation took."""
     tokens: int
     """Tokens seen so far."""
+    since_best: int = 0
+    """Validations since the best one."""
 
 
 def folder(run: RunFolder, step: int) -> Path:
@@ -50,14 +53,20 @@ def folder(run: RunFolder, step: int) -> Path:
 
 
 def save(
-    run: RunFolder, state: State, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    run: RunFolder,
+    state: State,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
-    """Write the checkpoint of `state.step`, atomically."""
+    """Write the checkpoint of `state.step`, atomically. Raises MachineError, before it starts, if the disk is too full."""
     tensors = {
-        f"{name}:{key}": value.contiguous()
+        f"{name}:{key}": value.contiguous() if torch.is_tensor(value) else torch.tensor([value])
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
+    tensors |= {f"{SCALER}{key}": torch.tensor([float(value)]) for key, value in scaler.state_dict().items()}
+    require_disk(run.root, sum(t.nbytes for t in (*tensors.values(), *parameters.values())))
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random_cuda"] = torch.cuda.get_rng_state()
@@ -67,14 +76,24 @@ def save(
         (target / STATE).write_text(json.dumps(asdict(state)))
 
 
+def size_bytes(parameters: dict[str, torch.nn.Parameter]) -> int:
+    """Return about how many bytes a checkpoint takes: the parameters and AdamW's two moments, in float32."""
+    return 3 * sum(parameter.numel() * 4 for parameter in parameters.values())
+
+
 def latest(run: RunFolder) -> Path | None:
     """Return the newest checkpoint, or None before the first."""
     found = sorted((run.root / "checkpoints").glob("step-*"))
     return found[-1] if found else None
 
 
-def restore(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
-    """Set parameters, optimizer and random state to the checkpoint's and return its counters.
+def restore(
+    path: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> State:
+    """Set parameters, optimizer, loss scale and random state to the checkpoint's and return its counters.
 
     Raises InputError if it does not belong to this run's adapter.
     """
@@ -83,12 +102,22 @@ def restore(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: to
     for name, parameter in parameters.items():
         entries = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
         optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+            key: _step(value) if key == "step" else value.to(parameter.device) for key, value in entries.items()
         }
+    scale = {key.removeprefix(SCALER): value.item() for key, value in tensors.items() if key.startswith(SCALER)}
+    if scale:
+        scaler.load_state_dict(
+            {key: int(v) if key.endswith(("interval", "tracker")) else v for key, v in scale.items()}
+        )
     torch.set_rng_state(tensors["random"])
     if "random_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random_cuda"])
     return State(**json.loads((path / STATE).read_text()))
+
+
+def _step(value: torch.Tensor) -> torch.Tensor | int:
+    """Return a step count as its optimizer keeps it: torch as a tensor of shape (), bitsandbytes as a number."""
+    return value if value.dim() == 0 else int(value.item())
 
 
 def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:

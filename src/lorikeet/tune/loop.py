@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -29,14 +29,15 @@ from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted
-from lorikeet.files import atomic_file, atomic_folder, sha256_file, sha256_text, write_atomic
+from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
 from lorikeet.messages import Conversation
 from lorikeet.prompt import PromptFormat, freeze_dates
 from lorikeet.run import RunFolder
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype, save_adapter, trained_parameters
-from lorikeet.tune.batches import Batch, count_steps, encode_all, pack, steps
-from lorikeet.tune.loss import mean_loss, summed_loss
+from lorikeet.tune.batches import Batch, count_steps, encode_all, pack_all, steps
+from lorikeet.tune.fast import Scorer
+from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
 from lorikeet.tune.plot import plot_loss
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
 from lorikeet.weights import model_identity, resolve_model
@@ -48,6 +49,16 @@ SAFETY = 0.85
 """The share of the remaining time that the fitted schedule plans with."""
 
 HELDOUT = "data/heldout.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Data and tokenizer as they were read."""
+
+    base_folder: Path
+    prompt: PromptFormat
+    loaded: Loaded
+    parts: Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,55 +77,61 @@ def tune(config: TuneConfig, *, out: Path) -> RunFolder:
     Raises InputError for data, model or settings that cannot be tuned, before anything is written.
     """
     check(config)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.endswith(".part") for path in out.iterdir())):
         RunFolder.create(out, config={})
-    base_folder, prompt, loaded, parts = _read(config)
+    inputs = _read(config)
+    return _begin(config, inputs, lambda: RunFolder.create(out, config={"tune": asdict(config)}))
+
+
+def _begin(config: TuneConfig, inputs: Inputs, make_run: Callable[[], RunFolder]) -> RunFolder:
+    """Tune from the first step; the run is made when data and model have been found to do."""
     today = date.today()
-    prompt.template = freeze_dates(prompt.template, today)
-    prepared, counts = _prepare(config, base_folder, prompt, parts)
-    run = RunFolder.create(out, config={"tune": asdict(config)})
-    _write_heldout(run, parts.heldout, config.system_prompt)
+    inputs.prompt.template = freeze_dates(inputs.prompt.template, today)
+    prepared, counts = _prepare(config, inputs)
+    run = make_run()
+    _write_heldout(run, inputs.parts.heldout, config.system_prompt)
     run.update(
         status="tuning",
-        base=model_identity(config.model, base_folder),
+        base=model_identity(config.model, inputs.base_folder),
         data={
             "name": config.data,
-            "layout": loaded.layout,
-            "sha256": {file.name: sha256_file(file) for file in loaded.files},
-            "broken": len(loaded.broken),
+            "layout": inputs.loaded.layout,
+            "sha256": {file.name: sha256_file(file) for file in inputs.loaded.files},
+            "broken": len(inputs.loaded.broken),
             **counts,
         },
-        template={"sha256": sha256_text(prompt.template), "date": today.isoformat()},
-        system_prompt=common_system([c.with_system(config.system_prompt) for c in parts.train]),
+        template={"sha256": sha256_text(inputs.prompt.template), "date": today.isoformat()},
+        system_prompt=common_system([c.with_system(config.system_prompt) for c in inputs.parts.train]),
     )
     return _loop(run, config, prepared)
 
 
 def resume(root: Path) -> RunFolder:
-    """Go on with the run at `root` from its newest checkpoint and return it.
+    """Go on with the run at `root` from its newest checkpoint, or from the start before the first; return it.
 
     Raises InputError if it is no run, is tuned already, or its base or data have changed.
     """
     run = RunFolder.open(root)
+    remove_leftovers(root)
     manifest = run.manifest()
     if manifest["status"] == "tuned":
         raise InputError(f"{root} is tuned already; go on with: lorikeet export {root}")
     try:
         fields = manifest["config"]["tune"]
-        config = TuneConfig(**(fields | {"target_modules": tuple(fields["target_modules"])}))
-        frozen = date.fromisoformat(manifest["template"]["date"])
-        base, hashes = manifest["base"], manifest["data"]["sha256"]
+        settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        config = TuneConfig(**settings)
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{root} stopped before tuning began, so there is nothing to resume; remove it and tune again"
-        ) from error
-    base_folder, prompt, loaded, parts = _read(config)
-    if {file.name: sha256_file(file) for file in loaded.files} != hashes:
+        raise InputError(f"{run.manifest_path} holds no settings of tune; tune into a new folder") from error
+    inputs = _read(config)
+    if manifest["status"] == "created":
+        return _begin(config, inputs, lambda: run)
+    if {file.name: sha256_file(file) for file in inputs.loaded.files} != manifest["data"]["sha256"]:
         raise InputError(f"{config.data} has changed since {root} was started; tune into a new folder")
-    if model_identity(config.model, base_folder)["sha256"] != base["sha256"]:
+    if model_identity(config.model, inputs.base_folder)["sha256"] != manifest["base"]["sha256"]:
         raise InputError(f"{config.model} is not the model that {root} was started with; tune into a new folder")
-    prompt.template = freeze_dates(prompt.template, frozen)
-    prepared, _ = _prepare(config, base_folder, prompt, parts)
+    frozen = date.fromisoformat(manifest["template"]["date"])
+    inputs.prompt.template = freeze_dates(inputs.prompt.template, frozen)
+    prepared, _ = _prepare(config, inputs)
     return _loop(run, config, prepared)
 
 
@@ -128,6 +145,7 @@ def check(config: TuneConfig) -> None:
         "gradient_accumulation_steps",
         "lora_r",
         "lora_alpha",
+        "loraplus_lr_ratio",
         "eval_steps",
         "save_steps",
         "save_total_limit",
@@ -135,7 +153,7 @@ def check(config: TuneConfig) -> None:
     ):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; it must be above 0")
-    for name in ("max_steps", "max_minutes", "weight_decay"):
+    for name in ("max_steps", "max_minutes", "weight_decay", "early_stopping_patience"):
         if not getattr(config, name) >= 0:
             raise InputError(f"{name} is {getattr(config, name)}; it must not be negative")
     for name in ("lora_dropout", "warmup_ratio", "validation_share", "heldout_share"):
@@ -143,7 +161,7 @@ def check(config: TuneConfig) -> None:
             raise InputError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
 
 
-def _read(config: TuneConfig) -> tuple[Path, PromptFormat, Loaded, Split]:
+def _read(config: TuneConfig) -> Inputs:
     """Read data and tokenizer, the cheap parts first, and say what was found."""
     loaded = load_conversations(config.data)
     distinct = deduplicate(loaded.conversations)
@@ -159,34 +177,31 @@ def _read(config: TuneConfig) -> tuple[Path, PromptFormat, Loaded, Split]:
     )
     for broken in loaded.broken[:3]:
         _say(f"left out {broken.where}: {broken.why}")
-    return base_folder, prompt, loaded, parts
+    return Inputs(base_folder, prompt, loaded, parts)
 
 
-def _prepare(
-    config: TuneConfig, base_folder: Path, prompt: PromptFormat, parts: Split
-) -> tuple[Prepared, dict[str, int]]:
+def _prepare(config: TuneConfig, inputs: Inputs) -> tuple[Prepared, dict[str, int]]:
     """Encode the parts and return them with their counts."""
 
     def encode(conversations: list[Conversation]) -> Any:
         led = [conversation.with_system(config.system_prompt) for conversation in conversations]
-        return encode_all(prompt, led, max_length=config.max_length, on_long=config.on_long)
+        return encode_all(inputs.prompt, led, max_length=config.max_length, on_long=config.on_long)
 
-    train, validation = encode(parts.train), encode(parts.validation)
+    train, validation = encode(inputs.parts.train), encode(inputs.parts.validation)
     if train.truncated or train.dropped:
         _say(f"longer than {config.max_length} tokens: {train.truncated} truncated; {train.dropped} dropped")
     _say(f"{train.tokens} tokens to train on, {train.supervised_tokens / train.tokens:.0%} of them supervised")
-    ordered = sorted(validation.rows, key=lambda row: len(row.ids))
-    batches = [pack(ordered[i : i + config.batch_size]) for i in range(0, len(ordered), config.batch_size)]
+    batches = pack_all(validation.rows, batch_size=config.batch_size, max_tokens=config.max_length)
     counts = {
         "train": len(train.rows),
         "validation": len(validation.rows),
-        "heldout": len(parts.heldout),
+        "heldout": len(inputs.parts.heldout),
         "truncated": train.truncated,
         "dropped": train.dropped,
         "train_tokens": train.tokens,
         "supervised_tokens": train.supervised_tokens,
     }
-    return Prepared(prompt, train.rows, batches, base_folder), counts
+    return Prepared(inputs.prompt, train.rows, batches, inputs.base_folder), counts
 
 
 def _write_heldout(run: RunFolder, conversations: list[Conversation], system_prompt: str) -> None:
@@ -204,43 +219,51 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
-    base = load_base(prepared.base_folder, dtype, device)
+    base = load_base(prepared.base_folder, dtype, device, in_4bit=config.load_in_4bit)
     model = apply_lora(base, config)
     parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    start = (
+        {name: p.detach().clone() for name, p in parameters.items()} if config.init_lora_weights == "pissa" else None
+    )
+    optimizer = make_optimizer(parameters, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scorer = Scorer.build(model, config, dtype=dtype)
     _say(
         f"{config.model} on {device.type} in {str(dtype).removeprefix('torch.')}: "
         f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M trained parameters"
     )
-    run.update(dtype=str(dtype).removeprefix("torch."), device=device.type)
+    for reason in scorer.plain:
+        _say(f"the plain, slower path is taken for {reason}")
+    run.update(dtype=str(dtype).removeprefix("torch."), device=device.type, plain=scorer.plain)
 
     per_step = config.batch_size * config.gradient_accumulation_steps
     total = config.max_steps or count_steps(len(prepared.train), conversations_per_step=per_step, epochs=config.epochs)
     newest = checkpoint.latest(run)
     if newest:
-        state = checkpoint.restore(newest, parameters, optimizer)
+        state = checkpoint.restore(newest, parameters, optimizer, scaler)
         _keep_metrics_until(run, state.step)
         _say(f"going on from step {state.step} of {state.total_steps}")
     else:
         _keep_metrics_until(run, -1)
         state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
         before = time.monotonic()
-        state = _validate(run, state, model, prepared.validation, dtype)
+        state = _validate(run, state, scorer, prepared.validation, device)
         spent = time.monotonic() - before
         state = replace(state, elapsed_s=spent, validation_s=spent)
-        checkpoint.save(run, state, parameters, optimizer)
+        checkpoint.save(run, state, parameters, optimizer, scaler)
 
     stream = steps(
         prepared.train,
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation_steps,
+        max_tokens=config.max_length,
         seed=config.seed,
         first_step=state.step,
     )
     began = time.monotonic() - state.elapsed_s
     model.train()
     with _interruptible() as interrupted, _progress(state) as show:
-        while state.step < state.total_steps and not _time_is_up(config, state):
+        while not _is_done(config, state):
             step_began = time.monotonic()
             rate = learning_rate(
                 state.step, total_steps=state.total_steps, peak=config.learning_rate, warmup_ratio=config.warmup_ratio
@@ -248,19 +271,21 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             batches = [batch.to(device) for batch in next(stream)]
             supervised = sum(len(batch.labels) for batch in batches)
             loss = 0.0
+            scorer.start_step(batches)
             for batch in batches:
-                partial = summed_loss(model, batch, autocast_dtype=dtype) / supervised
-                partial.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                partial = scorer.summed_loss(batch) / supervised
+                scaler.scale(partial).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 loss += partial.item()
             if not loss < float("inf"):
                 raise InputError(
                     f"the loss is {loss} at step {state.step + 1}; lower learning_rate ({config.learning_rate}), "
                     f"then tune into a new folder (the last good checkpoint is in {run.root / 'checkpoints'})"
                 )
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            set_learning_rate(optimizer, rate)
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
             tokens = sum(batch.tokens for batch in batches)
@@ -279,31 +304,46 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             }
             if config.max_minutes and state.step == FITTED_AT:
                 state = _fit(config, state, [*run.metrics(), row])
-            last = state.step == state.total_steps or _time_is_up(config, state)
-            if last or state.step % config.eval_steps == 0:
-                state = _validate(run, state, model, prepared.validation, dtype, row=row)
+            if _is_done(config, state) or state.step % config.eval_steps == 0:
+                state = _validate(run, state, scorer, prepared.validation, device, row=row)
                 state = replace(state, elapsed_s=time.monotonic() - began)
             else:
                 run.append_metrics(row)
             show(state, row)
-            improved = state.best_step == state.step
-            if last or improved or interrupted() or state.step % config.save_steps == 0:
-                checkpoint.save(run, state, parameters, optimizer)
+            done, improved = _is_done(config, state), state.best_step == state.step
+            if done or improved or interrupted() or state.step % config.save_steps == 0:
+                checkpoint.save(run, state, parameters, optimizer, scaler)
                 checkpoint.prune(run, keep=config.save_total_limit, best_step=state.best_step)
-            if interrupted() and not last:
+            if interrupted() and not done:
                 raise Interrupted(
                     f"stopped at step {state.step} of {state.total_steps}; go on with: lorikeet tune --resume {run.root}"
                 )
-    return _finish(run, config, prepared, model, parameters, state)
+    if _is_patience_spent(config, state):
+        _say(f"stopped early: {state.since_best} validations without improvement")
+    return _finish(run, config, prepared, model, parameters, state, start)
+
+
+def _is_done(config: TuneConfig, state: checkpoint.State) -> bool:
+    return state.step >= state.total_steps or _time_is_up(config, state) or _is_patience_spent(config, state)
+
+
+def _is_patience_spent(config: TuneConfig, state: checkpoint.State) -> bool:
+    return bool(config.early_stopping_patience) and state.since_best >= config.early_stopping_patience
 
 
 def _finish(
-    run: RunFolder, config: TuneConfig, prepared: Prepared, model: Any, parameters: Any, state: checkpoint.State
+    run: RunFolder,
+    config: TuneConfig,
+    prepared: Prepared,
+    model: Any,
+    parameters: Any,
+    state: checkpoint.State,
+    start: dict[str, torch.Tensor] | None,
 ) -> RunFolder:
     """Write the adapter that validated best, its tokenizer with the frozen template, and the plot."""
     checkpoint.load_parameters(checkpoint.folder(run, state.best_step), parameters)
     with atomic_folder(run.root / "adapter") as target:
-        save_adapter(model, target, base=config.model.partition("@")[0])
+        save_adapter(model, target, base=config.model.partition("@")[0], start=start)
         prepared.prompt.tokenizer.chat_template = prepared.prompt.template
         prepared.prompt.tokenizer.save_pretrained(str(target))
     run.record("adapter", run.root / "adapter", step=state.best_step)
@@ -340,19 +380,20 @@ def _step_s(row: dict[str, Any]) -> float:
 def _validate(
     run: RunFolder,
     state: checkpoint.State,
-    model: Any,
+    scorer: Scorer,
     batches: list[Batch],
-    dtype: torch.dtype,
+    device: torch.device,
     *,
     row: dict[str, Any] | None = None,
 ) -> checkpoint.State:
     """Append the step's row with its validation loss; return the state, the best step in it."""
-    device = next(model.parameters()).device
-    loss = mean_loss(model, [batch.to(device) for batch in batches], autocast_dtype=dtype)
+    loss = scorer.mean_loss(batches, device=device)
     run.append_metrics(
         {**(row or {"step": state.step, "elapsed_s": 0.0, "rss_bytes": resident_bytes()}), "val_loss": loss}
     )
-    return replace(state, best_step=state.step, best_loss=loss) if loss < state.best_loss else state
+    if loss < state.best_loss:
+        return replace(state, best_step=state.step, best_loss=loss, since_best=0)
+    return replace(state, since_best=state.since_best + 1)
 
 
 def _fit(config: TuneConfig, state: checkpoint.State, rows: list[dict[str, Any]]) -> checkpoint.State:

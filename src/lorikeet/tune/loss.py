@@ -1,40 +1,57 @@
 """Cross-entropy at the supervised tokens, and nowhere else.
 
-Logits are computed only where they are scored, so the full (tokens, vocabulary) array never exists.
+Logits exist for a few rows at a time: where the head is frozen, their gradient is computed as soon as they are, so that
+neither the (tokens, vocabulary) array nor a copy of it in float32 is ever held. It knows neither model nor batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from lorikeet.tune.batches import Batch
+CHUNK = 256
+"""Rows of logits that exist at once, in the type of the model: large enough for the product to run at full speed."""
+
+ROWS = 8
+"""Rows that are turned into probabilities at once, in float32: they stay in the processor's cache (measured on a
+vocabulary of 49,152: 164 ms for 448 rows, 222 ms when the whole chunk is converted at once)."""
 
 
-def summed_loss(model: Any, batch: Batch, *, autocast_dtype: torch.dtype) -> torch.Tensor:
-    """Return the sum over the batch's supervised tokens of -ln p(token), in nats, float32, shape ().
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss and, in the same pass, its gradient with respect to the hidden states."""
 
-    A step divides the sum of its micro-batches by their supervised tokens, so that every token weighs the same
-    whichever micro-batch it is in.
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wanted = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if wanted else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for first in range(0, len(labels), CHUNK):
+            part = slice(first, first + CHUNK)
+            logits = hidden[part] @ head.t()
+            for row in range(0, len(logits), ROWS):
+                some = logits[row : row + ROWS]
+                wide = torch.log_softmax(some.float(), -1)
+                chosen = labels[part][row : row + ROWS].unsqueeze(1)
+                total -= wide.gather(1, chosen).sum()
+                if wanted:
+                    wide.exp_().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide.dtype))
+                    some.copy_(wide)
+            if gradient is not None:
+                gradient[part] = logits @ head
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, upper: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upper.to(gradient.dtype), None, None
+
+
+def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the sum over rows of -ln softmax(hidden @ head^T)[label], in nats, float32, shape ().
+
+    `hidden` is (rows, size), `head` (vocabulary, size), frozen and of the same type, `labels` int64 (rows,).
     """
-    device = batch.ids.device.type
-    with torch.autocast(device, autocast_dtype, enabled=autocast_dtype != torch.float32):
-        logits = model(
-            input_ids=batch.ids, position_ids=batch.positions, use_cache=False, logits_to_keep=batch.scored
-        ).logits
-    return functional.cross_entropy(logits[0].float(), batch.labels, reduction="sum")
-
-
-@torch.no_grad()
-def mean_loss(model: Any, batches: Sequence[Batch], *, autocast_dtype: torch.dtype) -> float:
-    """Return the mean of -ln p over all supervised tokens of `batches`, in nats, the model in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        total = sum(summed_loss(model, batch, autocast_dtype=autocast_dtype).item() for batch in batches)
-    finally:
-        model.train(was_training)
-    return total / sum(len(batch.labels) for batch in batches)
+    loss: torch.Tensor = _ChunkedLoss.apply(hidden, head, labels)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return loss

@@ -1,0 +1,107 @@
+"""The tuned model as the loop sees it: one call that scores a packed batch, by the fast path or the plain one.
+
+    scorer = Scorer.build(model, config, dtype=dtype)
+    scorer.summed_loss(batch).backward()
+
+The fast path is the Hugging Face model with three parts swapped in: attention inside each document (`attention`), LoRA
+on layers that share their input (`linear`), and cross-entropy in chunks (`loss`). Where a family or a method does not
+allow a part, the plain one stays and `Scorer.plain` says why.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lorikeet.config import TuneConfig
+from lorikeet.tune.attention import use_document_attention
+from lorikeet.tune.batches import Batch
+from lorikeet.tune.linear import Masks, fuse_linears
+from lorikeet.tune.loss import chunked_loss
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+"""Model types whose fast path is compared with their plain one by the tests, number against number."""
+
+
+@dataclass
+class Scorer:
+    """A PEFT model and how a batch goes through it."""
+
+    model: Any
+    dtype: torch.dtype
+    """What is computed in; float32 parameters of the adapter are cast to it."""
+    fast: bool
+    """Whether attention and loss are those of the fast path."""
+    masks: Masks | None
+    """Dropout of the fused LoRA layers; None where PEFT's own layers compute."""
+    plain: list[str] = field(default_factory=list)
+    """What is computed the plain way, each with its reason, for a person to read."""
+
+    @classmethod
+    def build(cls, model: Any, config: TuneConfig, *, dtype: torch.dtype) -> Scorer:
+        """Swap the fast parts into the PEFT `model` where they can be, compile where that pays, and return it."""
+        base = model.get_base_model()
+        kind = str(base.config.model_type)
+        plain: list[str] = []
+        fast = kind in FAMILIES
+        if fast:
+            use_document_attention(base)
+        else:
+            plain.append(f"attention, LoRA and loss: {kind} is not one of {', '.join(FAMILIES)}")
+        masks = None
+        if fast and not config.use_dora and not config.load_in_4bit:
+            masks = fuse_linears(model)
+        elif fast:
+            plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
+        scorer = cls(model, dtype, fast, masks, plain)
+        scorer._compile(base, config)
+        return scorer
+
+    def _compile(self, base: Any, config: TuneConfig) -> None:
+        """Compile the decoder's blocks if that is asked for and there is a compiler."""
+        if not config.torch_compile:
+            return
+        if self.dtype.is_floating_point and next(base.parameters()).device.type == "cpu" and not shutil.which("g++"):
+            self.plain.append("blocks are not compiled: there is no C++ compiler (Debian, Ubuntu: apt-get install g++)")
+            return
+        for block in base.get_decoder().layers:
+            block.compile(dynamic=True)
+
+    def summed_loss(self, batch: Batch) -> torch.Tensor:
+        """Return the sum over the batch's supervised tokens of -ln p(token), in nats, float32, shape ().
+
+        A step divides the sum of its micro-batches by their supervised tokens, so that every token weighs the same
+        whichever micro-batch it is in.
+        """
+        base = self.model.get_base_model()
+        given: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
+        mixed = self.masks is None and self.dtype != torch.float32
+        with torch.autocast(batch.ids.device.type, self.dtype) if mixed else nullcontext():
+            if not self.fast:
+                logits = self.model(**given, logits_to_keep=batch.scored).logits[0]
+                return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            hidden = base.get_decoder()(**given, documents=batch.documents).last_hidden_state[0, batch.scored]
+        head = base.get_output_embeddings().weight
+        return chunked_loss(hidden.to(head.dtype), head, batch.labels)
+
+    def start_step(self, batches: Sequence[Batch]) -> None:
+        """Draw new dropout for the micro-batches of a step."""
+        if self.masks is not None:
+            self.masks.draw(max(b.tokens for b in batches), dtype=self.dtype, device=batches[0].ids.device)
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Sequence[Batch], *, device: torch.device) -> float:
+        """Return the mean of -ln p over all supervised tokens of `batches`, in nats, the model in evaluation mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            total = sum(self.summed_loss(batch.to(device)).item() for batch in batches)
+        finally:
+            self.model.train(was_training)
+        return total / sum(len(batch.labels) for batch in batches)

@@ -1,0 +1,195 @@
+"""The fast path against the plain one: attention per document, shared LoRA products, loss in chunks, whole families."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lorikeet.config import TuneConfig
+from lorikeet.prompt import Encoded, PromptFormat
+from lorikeet.tune import attention, fast, linear, loss
+from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
+from lorikeet.tune.attention import document_attention
+from lorikeet.tune.batches import encode_all, pack
+from lorikeet.tune.fast import FAMILIES, Scorer
+
+from ..conftest import make_conversations, make_model
+
+CPU = torch.device("cpu")
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], window: int) -> torch.Tensor:
+    """Attention written out, one document at a time."""
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        place = torch.arange(end - start)
+        seen = place[:, None] >= place[None]
+        if window:
+            seen &= place[:, None] - place[None] < window
+        some = (part[None, :, start:end] for part in (q, k, v))
+        parts.append(functional.scaled_dot_product_attention(*some, attn_mask=seen, enable_gqa=True)[0])
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("lengths", [[1], [7, 1, 12], [33, 70, 16]])
+def test_attention_stays_inside_each_document(lengths: list[int], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    torch.manual_seed(0)
+    q = torch.randn(6, int(bounds[-1]), 8, requires_grad=True)
+    k, v = (torch.randn(2, int(bounds[-1]), 8, requires_grad=True) for _ in range(2))
+    ours = document_attention(q, k, v, bounds, 8**-0.5, window)
+    theirs = reference(q, k, v, bounds.tolist(), window)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    upper = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), upper), torch.autograd.grad(theirs, (q, k, v), upper), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_attention_is_a_well_formed_operator() -> None:
+    bounds = torch.tensor([0, 5, 9])
+    q, k, v = (torch.randn(heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(attention._forward, (q, k, v, bounds, 0.3, 0), test_utils=checks)
+
+
+@pytest.mark.parametrize("count", [1, 8, 300])
+def test_chunked_loss_is_cross_entropy(count: int) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(count, 16, requires_grad=True), torch.randn(50, 16)
+    labels = torch.randint(50, (count,))
+    ours = loss.chunked_loss(hidden, head, labels)
+    theirs = functional.cross_entropy(hidden @ head.t(), labels, reduction="sum")
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    (a,), (b,) = torch.autograd.grad(3 * ours, hidden), torch.autograd.grad(3 * theirs, hidden)
+    assert torch.allclose(a, b, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(loss.chunked_loss(hidden, head, labels), theirs, rtol=1e-6)
+
+
+def test_masks_drop_the_asked_share_and_are_new_at_each_step() -> None:
+    torch.manual_seed(0)
+    masks = linear.Masks(0.05, widest=300)
+    x = torch.ones(400, 300)
+    masks.draw(400, dtype=torch.float32, device=CPU)
+    first, second = masks.like(x), masks.like(x)
+    assert first.shape == x.shape and first.unique().tolist() == pytest.approx([0, 1 / 0.95])
+    assert (first == 0).float().mean().item() == pytest.approx(0.05, abs=0.003)
+    assert not torch.equal(first, second)
+    before = masks.pool
+    masks.draw(400, dtype=torch.float32, device=CPU)
+    assert not torch.equal(before, masks.pool)
+
+
+def awaken(model: Any) -> None:
+    """Give the adapter values, as if trained."""
+    torch.manual_seed(5)
+    for parameter in trained_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+
+def rows_of(folder: Path) -> list[Encoded]:
+    return encode_all(PromptFormat.load(folder), make_conversations(7), max_length=200, on_long="error").rows
+
+
+def gradients(model: Any, total: torch.Tensor) -> list[torch.Tensor]:
+    total.backward()  # type: ignore[no-untyped-call]
+    return [parameter.grad for parameter in trained_parameters(model).values() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_batch_scores_as_its_conversations_do_one_by_one(family: str, tmp_path: Path) -> None:
+    """Loss and every gradient of the fast path, packed, equal those of the plain path on each conversation alone."""
+    folder = make_model(tmp_path / "model", family=family)
+    config = TuneConfig(lora_dropout=0.0)
+    rows = rows_of(folder)
+    quick = apply_lora(load_base(folder, torch.float32, CPU), config)
+    plain = apply_lora(load_base(folder, torch.float32, CPU), config)
+    for model in (quick, plain):
+        awaken(model)
+        model.train()
+    scorer = Scorer.build(quick, config, dtype=torch.float32)
+    assert scorer.fast and scorer.plain == [] and scorer.masks is not None
+    ours = scorer.summed_loss(pack(rows))
+    theirs = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = plain(input_ids=ids, use_cache=False).logits[0, :-1]
+        labels = torch.tensor([i if kept else -100 for i, kept in zip(row.ids, row.supervised, strict=True)])[1:]
+        theirs = theirs + functional.cross_entropy(logits, labels, reduction="sum")
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    pairs = list(zip(gradients(quick, ours), gradients(plain, theirs), strict=True))
+    assert len(pairs) == 2 * 2 * 7  # A and B of seven projections in two layers
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in pairs)
+
+
+def test_a_family_that_is_not_known_is_scored_the_plain_way_and_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="gemma2")
+    model = apply_lora(load_base(folder, torch.float32, CPU), TuneConfig(lora_dropout=0.0))
+    scorer = Scorer.build(model, TuneConfig(lora_dropout=0.0), dtype=torch.float32)
+    assert not scorer.fast and scorer.plain[0].startswith("attention, LoRA and loss: gemma2 is not one of llama")
+    rows = rows_of(folder)
+    together = scorer.summed_loss(pack(rows)).item()
+    assert together == pytest.approx(sum(scorer.summed_loss(pack([row])).item() for row in rows), rel=1e-4)
+
+
+def test_checkpointing_recomputes_the_same_gradients_dropout_included(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    found = []
+    for recompute in (False, True):
+        config = TuneConfig(lora_dropout=0.3, gradient_checkpointing=recompute)
+        model = apply_lora(load_base(folder, torch.float32, CPU), config)
+        awaken(model)
+        model.train()
+        scorer = Scorer.build(model, config, dtype=torch.float32)
+        torch.manual_seed(9)
+        batch = pack(rows_of(folder))
+        scorer.start_step([batch])
+        found.append(gradients(model, scorer.summed_loss(batch)))
+    assert len(found[0]) == len(found[1]) == 28
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+def test_shared_weights_are_held_once_and_export_as_they_were(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family="qwen2")
+    base = load_base(folder, torch.float32, CPU)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = apply_lora(base, TuneConfig())
+    linear.fuse_linears(model)
+    layer = base.model.layers[0].self_attn
+    starts = {getattr(layer, name).base_layer.weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj")}
+    assert len(starts) == 1
+    after = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora" not in name}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_a_compiler_blocks_run_uncompiled_and_that_is_said(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast.shutil, "which", lambda _: None)
+    config = TuneConfig(torch_compile=True)
+    model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
+    scorer = Scorer.build(model, config, dtype=torch.float32)
+    assert len(scorer.plain) == 1 and "there is no C++ compiler" in scorer.plain[0]
+    model.eval()
+    assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_score_the_same(tiny_model: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        config = TuneConfig(torch_compile=compiled, lora_dropout=0.0)
+        model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
+        awaken(model)
+        scorer = Scorer.build(model, config, dtype=torch.float32)
+        losses.append(scorer.summed_loss(pack(rows_of(tiny_model))).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
