@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
-from report import SHARED
+from report import SHARED, stamp, table
 
 DATA = SHARED / "chat" / "instruct-2k.jsonl"
 BATCH, ACCUMULATION, RATE = 4, 2, 3e-4
