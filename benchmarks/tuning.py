@@ -43,9 +43,9 @@ def encoded(steps: int) -> list[list[Any]]:
     """Return the conversations of each step, as tokens, in the order that both see."""
     import torch
 
+    from lorikeet.data.encode import encode_all
     from lorikeet.data.load import load_conversations
     from lorikeet.prompt import PromptFormat
-    from lorikeet.tune.batches import encode_all
     from lorikeet.weights import resolve_model
 
     prompt = PromptFormat.load(resolve_model("smollm2-135m-instruct"))

@@ -66,6 +66,53 @@ def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 5.0, ser
 
 
 @app.command
+def inspect(
+    data: str,
+    *,
+    model: str = PACKAGED_MODEL,
+    max_length: int = TuneConfig.max_length,
+    system_prompt: str = "",
+    against: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    out: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Show what is in a dataset and what tuning would make of it: lengths, mask, repetitions, broken rows.
+
+    Parameters
+    ----------
+    data
+        What `tune --data` takes: `spoken`, a file, or a hub id.
+    model
+        The model whose tokens and chat template are used.
+    max_length
+        Longest conversation in tokens, as for tune.
+    system_prompt
+        System turn for conversations without one, as for tune.
+    against
+        Files of evaluation prompts that should not be in the data; can be given several times.
+    out
+        Where the page goes; by default runs/inspect-DATA.html.
+    json
+        Print the report as one JSON document.
+    """
+    from rich.console import Console
+
+    from lorikeet.data.inspect import inspect_data, print_report, write_page
+
+    if max_length < 1:
+        raise InputError(f"--max-length is {max_length}; it must be above 0")
+    report = inspect_data(data, model=model, max_length=max_length, system_prompt=system_prompt, against=against)
+    page = out or Path("runs") / f"inspect-{_short(data)}.html"
+    write_page(report, page)
+    if json:
+        print(json_module.dumps(report, indent=2))
+    else:
+        print_report(report, Console(highlight=False))
+        _say(f"page: {page}")
+    return 0
+
+
+@app.command
 def tune(config: TuneConfig | None = None, *, out: Path | None = None, resume: Path | None = None) -> int:
     """Tune a base model with LoRA on conversations.
 
@@ -251,10 +298,11 @@ def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
 
 
 def _default_out(config: TuneConfig) -> Path:
-    def short(name: str) -> str:
-        return Path(name.partition("@")[0]).name.partition(".json")[0]
+    return Path("runs") / f"{_short(config.model)}-{_short(config.data)}"
 
-    return Path("runs") / f"{short(config.model)}-{short(config.data)}"
+
+def _short(name: str) -> str:
+    return Path(name.partition("@")[0]).name.partition(".json")[0]
 
 
 def _open(target: str, config: ServeConfig) -> tuple[Any, str, str]:

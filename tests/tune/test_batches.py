@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
+from lorikeet.data.encode import encode_all
 from lorikeet.errors import InputError
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import count_steps, encode_all, pack, pack_all, steps
+from lorikeet.tune.batches import count_steps, pack, pack_all, steps
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations
@@ -69,9 +70,11 @@ def test_long_rows_are_counted(tiny_model: Path) -> None:
         encode_all(prompt, talk, max_length=limit, on_long="error")
 
 
-def test_nothing_to_learn_is_an_error(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match="no supervised token within max_length 3"):
-        encode_all(PromptFormat.load(tiny_model), make_conversations(4), max_length=3, on_long="truncate")
+def test_what_cannot_be_learned_from_is_named(tiny_model: Path) -> None:
+    nothing = encode_all(PromptFormat.load(tiny_model), make_conversations(4), max_length=3, on_long="truncate")
+    assert nothing.rows == [] and nothing.truncated == 0
+    assert nothing.reasons == {"no supervised token within max_length": 4}
+    assert [entry.origin for entry in nothing.left_out] == ["row-0", "row-1", "row-2", "row-3"]
 
 
 def test_steps_are_counted_as_drawn() -> None:

@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional
 
 from lorikeet.config import TuneConfig
+from lorikeet.data.encode import encode_all
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune import attention, fast, linear, loss
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import document_attention
-from lorikeet.tune.batches import encode_all, pack
+from lorikeet.tune.batches import pack
 from lorikeet.tune.fast import FAMILIES, Scorer
 
 from ..conftest import make_conversations, make_model

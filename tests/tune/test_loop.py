@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
+from lorikeet.data.encode import encode_all
 from lorikeet.errors import InputError
 from lorikeet.prompt import PromptFormat
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import encode_all, pack
+from lorikeet.tune.batches import pack
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations, write_jsonl

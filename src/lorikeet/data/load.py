@@ -67,10 +67,11 @@ class _RowError(ValueError):
     """Why a row is broken."""
 
 
-def load_conversations(name: str) -> Loaded:
+def load_conversations(name: str, *, strict: bool = True) -> Loaded:
     """Return the conversations of `spoken`, a path or a hub dataset; sources are rendered into the user's turns.
 
-    Raises InputError for data that is missing, empty, of no known layout, or more than 1 % broken.
+    Raises InputError for data that is missing and, if `strict`, for data that is empty, of no known layout, or more
+    than 1 % broken.
     """
     files = _files(name)
     conversations: list[Conversation] = []
@@ -89,7 +90,8 @@ def load_conversations(name: str) -> Loaded:
                 conversations.append(ground_conversation(conversation))
     if name == PACKAGED_DATA:
         conversations = [conversation.with_system(SYSTEM_PROMPT) for conversation in conversations]
-    _check(name, conversations, broken)
+    if strict:
+        _check(name, conversations, broken)
     return Loaded(conversations, "+".join(layouts), files, broken)
 
 

@@ -10,15 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from lorikeet.errors import InputError
-from lorikeet.messages import Conversation
-from lorikeet.prompt import Encoded, PromptFormat
-
-SHOWN_FROM = 2000
-"""Encoding shows its progress from this many conversations: a thousand take about a second."""
+from lorikeet.prompt import Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,66 +38,6 @@ class Batch:
         """Return the batch on `device`."""
         ids, positions, scored, labels = (p.to(device) for p in (self.ids, self.positions, self.scored, self.labels))
         return Batch(ids, positions, scored, labels, self.documents)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """Conversations as tokens, and what became of the long ones."""
-
-    rows: list[Encoded]
-    truncated: int
-    dropped: int
-
-    @property
-    def tokens(self) -> int:
-        """All tokens."""
-        return sum(len(row.ids) for row in self.rows)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """The tokens that the loss counts."""
-        return sum(row.supervised_tokens for row in self.rows)
-
-
-def encode_all(
-    prompt: PromptFormat, conversations: Sequence[Conversation], *, max_length: int, on_long: str
-) -> Encoding:
-    """Return the conversations as tokens, none longer than `max_length` and each with something to learn.
-
-    Longer ones are truncated or dropped, and so are those that the template refuses or that keep no supervised token;
-    all are counted. Raises InputError when `on_long` is `error` and one is too long, or when nothing is left.
-    """
-    console = Console(stderr=True)
-    quiet = not console.is_terminal or len(conversations) < SHOWN_FROM
-    rows: list[Encoded] = []
-    truncated = dropped = 0
-    refusal = ""
-    for conversation in track(conversations, "encoding", console=console, transient=True, disable=quiet):
-        try:
-            row = prompt.encode(conversation)
-        except InputError as error:
-            refusal = refusal or str(error)
-            dropped += 1
-            continue
-        if len(row.ids) > max_length:
-            if on_long == "error":
-                raise InputError(
-                    f"{conversation.origin}: {len(row.ids)} tokens, more than max_length {max_length}; "
-                    "raise it, or choose --on-long truncate or drop"
-                )
-            if on_long == "drop":
-                dropped += 1
-                continue
-            row = Encoded(row.ids[:max_length], row.supervised[:max_length])
-            truncated += 1
-        if row.supervised_tokens:
-            rows.append(row)
-        else:
-            dropped += 1
-    if not rows:
-        why = refusal or f"no supervised token within max_length {max_length}"
-        raise InputError(f"none of the {len(conversations)} conversations can be learned from: {why}")
-    return Encoding(rows, truncated, dropped)
 
 
 def pack(rows: Sequence[Encoded]) -> Batch:

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
+from lorikeet.data.encode import Encoding, encode_all
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted
 from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
@@ -35,7 +36,7 @@ from lorikeet.prompt import PromptFormat, freeze_dates
 from lorikeet.run import RunFolder
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype, save_adapter, trained_parameters
-from lorikeet.tune.batches import Batch, count_steps, encode_all, pack_all, steps
+from lorikeet.tune.batches import Batch, count_steps, pack_all, steps
 from lorikeet.tune.fast import Scorer
 from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
 from lorikeet.tune.plot import plot_loss
@@ -182,14 +183,13 @@ def _read(config: TuneConfig) -> Inputs:
 
 def _prepare(config: TuneConfig, inputs: Inputs) -> tuple[Prepared, dict[str, int]]:
     """Encode the parts and return them with their counts."""
-
-    def encode(conversations: list[Conversation]) -> Any:
-        led = [conversation.with_system(config.system_prompt) for conversation in conversations]
-        return encode_all(inputs.prompt, led, max_length=config.max_length, on_long=config.on_long)
-
-    train, validation = encode(inputs.parts.train), encode(inputs.parts.validation)
-    if train.truncated or train.dropped:
-        _say(f"longer than {config.max_length} tokens: {train.truncated} truncated; {train.dropped} dropped")
+    train, validation = (_encode(config, inputs, part) for part in (inputs.parts.train, inputs.parts.validation))
+    if train.truncated or train.left_out:
+        why = "; ".join(f"{count} {reason}" for reason, count in list(train.reasons.items())[:3])
+        _say(
+            f"{train.truncated} conversations truncated to {config.max_length} tokens ({train.cut_tokens} tokens cut), "
+            f"{train.dropped} left out{f': {why}' if why else ''}; see: lorikeet inspect {config.data}"
+        )
     _say(f"{train.tokens} tokens to train on, {train.supervised_tokens / train.tokens:.0%} of them supervised")
     batches = pack_all(validation.rows, batch_size=config.batch_size, max_tokens=config.max_length)
     counts = {
@@ -202,6 +202,16 @@ def _prepare(config: TuneConfig, inputs: Inputs) -> tuple[Prepared, dict[str, in
         "supervised_tokens": train.supervised_tokens,
     }
     return Prepared(inputs.prompt, train.rows, batches, inputs.base_folder), counts
+
+
+def _encode(config: TuneConfig, inputs: Inputs, part: list[Conversation]) -> Encoding:
+    """Return a part as tokens. Raises InputError if nothing of it can be learned from."""
+    led = [conversation.with_system(config.system_prompt) for conversation in part]
+    encoding = encode_all(inputs.prompt, led, max_length=config.max_length, on_long=config.on_long)
+    if not encoding.rows:
+        why = next(iter(encoding.reasons))
+        raise InputError(f"none of the {len(part)} conversations can be learned from: {why} ({config.max_length})")
+    return encoding
 
 
 def _write_heldout(run: RunFolder, conversations: list[Conversation], system_prompt: str) -> None:
