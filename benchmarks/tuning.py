@@ -26,6 +26,7 @@ from report import SHARED, stamp, table
 
 DATA = SHARED / "chat" / "instruct-2k.jsonl"
 BATCH, ACCUMULATION, RATE = 4, 2, 3e-4
+OURS = "lorikeet"
 TRL = {
     "fp32, padded": {},
     "fp32, grouped by length": {"group": True},
@@ -88,7 +89,7 @@ def flops_per_token(rows: list[list[Any]]) -> float:
     return 2 * (2 * frozen + 3 * adapter + 2 * hidden * vocabulary * supervised / tokens + 6 * attention)
 
 
-def ours(rows: list[list[Any]]) -> tuple[list[float], list[float]]:
+def ours(rows: list[list[Any]], *, compiled: bool) -> tuple[list[float], list[float]]:
     """Return the loss and the seconds of every step of Lorikeet's parts, put together as its loop does."""
     import torch
 
@@ -107,6 +108,8 @@ def ours(rows: list[list[Any]]) -> tuple[list[float], list[float]]:
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, config)
     scorer = Scorer.build(model, config, dtype=dtype)
+    if compiled and (why := scorer.compile()):
+        raise SystemExit(why)
     model.train()
     losses, seconds = [], []
     for step in rows:
@@ -201,11 +204,13 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
 def child(name: str, steps: int) -> None:
     """Run one configuration and print one JSON line: losses, tokens/s without the first step, peak memory."""
     warnings.filterwarnings("ignore")
-    from lorikeet.tune.loop import resident_bytes
+    from lorikeet.run import resident_bytes
 
     rows = encoded(steps)
     with tempfile.TemporaryDirectory() as folder:
-        losses, seconds = ours(rows) if name == "lorikeet" else theirs(rows, TRL[name], folder)
+        losses, seconds = (
+            ours(rows, compiled=name == OURS) if name.startswith(OURS) else theirs(rows, TRL[name], folder)
+        )
     tokens = [sum(len(row.ids) for row in step) for step in rows]
     # TRL packs the same conversations into full windows: their steps are even, and as many tokens pass in each.
     seen = sum(tokens) / len(tokens) * (len(seconds) - 1) if TRL.get(name, {}).get("packing") else sum(tokens[1:])
@@ -249,11 +254,12 @@ def main() -> None:
         child(options.child, options.steps)
         return
     rate = gemm_rate()
-    first = measure("lorikeet", options.curve)
+    first = measure(OURS, options.curve)
+    plain = measure(f"{OURS}, not compiled", options.curve)
     swept = {name: result for name in TRL if (result := measure(name, options.steps))}
     fastest = max(swept, key=lambda name: swept[name]["tokens_per_s"])
     curve = measure(fastest, options.curve)
-    second = measure("lorikeet", options.curve)
+    second = measure(OURS, options.curve)
     rate = max(rate, gemm_rate())
     # The machine is shared: each side's better run of the same length counts.
     mine = max((first, second), key=lambda result: result["tokens_per_s"])
@@ -267,11 +273,13 @@ def main() -> None:
         "gemm_fraction": mine["tokens_per_s"] * mine["flops_per_token"] / rate,
         "gemm_flops_per_s": rate,
         "flops_per_token": mine["flops_per_token"],
+        "ours_not_compiled": {k: v for k, v in plain.items() if k != "losses"},
         "trl_fastest": fastest,
         "trl": {name: {k: v for k, v in r.items() if k != "losses"} for name, r in swept.items()},
-        "losses": {"lorikeet": mine["losses"], fastest: curve["losses"]},
+        "losses": {OURS: mine["losses"], fastest: curve["losses"]},
     }
     rows = [("Lorikeet", f"{result['ours_tokens_per_s']:.0f}", f"{result['ours_peak_bytes'] / 1e9:.1f}")]
+    rows += [("Lorikeet, not compiled", f"{plain['tokens_per_s']:.0f}", f"{plain['peak_bytes'] / 1e9:.1f}")]
     rows += [(f"TRL, {n}", f"{r['tokens_per_s']:.0f}", f"{r['peak_bytes'] / 1e9:.1f}") for n, r in swept.items()]
     print("\n" + table(("What", "tokens/s", "GB at most"), rows))
     print(

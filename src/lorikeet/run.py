@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,20 @@ from lorikeet.errors import InputError
 from lorikeet.files import sha256_tree, write_atomic
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Return the memory that this process holds now, or at its `peak`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        key = "VmHWM:" if peak else "VmRSS:"
+        for line in status.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
 
 
 def environment() -> dict[str, Any]:

@@ -172,25 +172,29 @@ def test_shared_weights_are_held_once_and_export_as_they_were(tmp_path: Path) ->
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_without_a_compiler_blocks_run_uncompiled_and_that_is_said(
+def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = TuneConfig(lora_dropout=0.0)
+    scorer = Scorer.build(apply_lora(load_base(tiny_model, torch.float32, CPU), config), config, dtype=torch.float32)
     monkeypatch.setattr(fast.shutil, "which", lambda _: None)
-    config = TuneConfig(torch_compile=True)
-    model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
-    scorer = Scorer.build(model, config, dtype=torch.float32)
-    assert len(scorer.plain) == 1 and "there is no C++ compiler" in scorer.plain[0]
-    model.eval()
+    assert "there is no C++ compiler" in scorer.compile()
+    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr(fast.sysconfig, "get_path", lambda _: "/nowhere")
+    assert "Python's headers" in scorer.compile()
     assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0
 
 
 @pytest.mark.slow
-def test_compiled_blocks_score_the_same(tiny_model: Path) -> None:
-    losses = []
+def test_compiled_blocks_score_the_same_and_are_compiled_once(tiny_model: Path) -> None:
+    found = []
     for compiled in (False, True):
-        config = TuneConfig(torch_compile=compiled, lora_dropout=0.0)
+        config = TuneConfig(lora_dropout=0.0)
         model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
         awaken(model)
+        model.train()
         scorer = Scorer.build(model, config, dtype=torch.float32)
-        losses.append(scorer.summed_loss(pack(rows_of(tiny_model))).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert not compiled or scorer.compile() == ""
+        found.append(gradients(model, scorer.summed_loss(pack(rows_of(tiny_model)))))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found, strict=True))
+    assert len(torch._dynamo.utils.compile_times("csv")[1]) > 0

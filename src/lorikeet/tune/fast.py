@@ -10,10 +10,13 @@ allow a part, the plain one stays and `Scorer.plain` says why.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,10 @@ from lorikeet.tune.loss import chunked_loss
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 """Model types whose fast path is compared with their plain one by the tests, number against number."""
+
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+"""Any of these will do for torch.compile on a CPU."""
 
 
 @dataclass
@@ -45,7 +52,7 @@ class Scorer:
 
     @classmethod
     def build(cls, model: Any, config: TuneConfig, *, dtype: torch.dtype) -> Scorer:
-        """Swap the fast parts into the PEFT `model` where they can be, compile where that pays, and return it."""
+        """Swap the fast parts into the PEFT `model` where they can be, and return it."""
         base = model.get_base_model()
         kind = str(base.config.model_type)
         plain: list[str] = []
@@ -59,19 +66,20 @@ class Scorer:
             masks = fuse_linears(model)
         elif fast:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
-        scorer = cls(model, dtype, fast, masks, plain)
-        scorer._compile(base, config)
-        return scorer
+        return cls(model, dtype, fast, masks, plain)
 
-    def _compile(self, base: Any, config: TuneConfig) -> None:
-        """Compile the decoder's blocks if that is asked for and there is a compiler."""
-        if not config.torch_compile:
-            return
-        if self.dtype.is_floating_point and next(base.parameters()).device.type == "cpu" and not shutil.which("g++"):
-            self.plain.append("blocks are not compiled: there is no C++ compiler (Debian, Ubuntu: apt-get install g++)")
-            return
-        for block in base.get_decoder().layers:
+    def compile(self) -> str:
+        """Compile the decoder's blocks and return ''; where that cannot be done, return why and leave them."""
+        if not self.fast:
+            return "only blocks of the fast path are compiled"
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if on_cpu and not any(shutil.which(name) for name in COMPILERS):
+            return "there is no C++ compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
+        if on_cpu and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            return "Python's headers are not here (Debian, Ubuntu: apt-get install python3-dev)"
+        for block in self.model.get_base_model().get_decoder().layers:
             block.compile(dynamic=True)
+        return ""
 
     def summed_loss(self, batch: Batch) -> torch.Tensor:
         """Return the sum over the batch's supervised tokens of -ln p(token), in nats, float32, shape ().

@@ -24,12 +24,12 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ADAPTER = "default"
 """PEFT's name of the adapter that is tuned."""
 
-POOL_USES = 4
+POOL_USES = 2
 """The pool of dropout masks holds so many times what its largest use takes."""
 
 
 class Masks:
-    """Dropout masks for one step: windows, at random places, of one pool of independent draws.
+    """Dropout masks for one step: windows of one pool of independent draws, which each step draws anew.
 
     Within an input every element is dropped independently, as in `torch.nn.Dropout`; between inputs windows may overlap.
     Drawing each mask for itself took 16 % of a step, the pool takes under 1 %.
@@ -46,18 +46,20 @@ class Masks:
             ones = torch.ones(POOL_USES * tokens * self.widest, dtype=dtype, device=device)
             self.pool = functional.dropout(ones, self.probability)
 
-    def like(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a mask of the shape of `x`: 0 or 1 / (1 - probability)."""
-        first = int(torch.randint(self.pool.numel() - x.numel() + 1, ()))
-        return self.pool[first : first + x.numel()].view(x.shape)
+
+def _window(pool: torch.Tensor, place: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the mask at `place`, in [0, 1), of the pool: 0 or 1 / (1 - probability), in the shape of `x`."""
+    first = int(float(place) * (pool.numel() - x.numel()))
+    return pool[first : first + x.numel()].view(x.shape)
 
 
 class SharedInput:
     """LoRA layers that read one input; the first that is called computes all."""
 
-    def __init__(self, layers: list[LoraLinear], masks: Masks) -> None:
-        """Take PEFT's layers; their frozen weights become views of one matrix."""
+    def __init__(self, layers: list[LoraLinear], masks: Masks, *, place: float) -> None:
+        """Take PEFT's layers, whose frozen weights become views of one matrix, and where their masks are taken from."""
         self.layers, self.masks = layers, masks
+        self.place = torch.tensor(place, dtype=torch.float64)
         bases = [layer.base_layer for layer in layers]
         self.sizes = [base.out_features for base in bases]
         self.weight = torch.cat([base.weight.data for base in bases])
@@ -77,43 +79,95 @@ class SharedInput:
         a = torch.cat([layer.lora_A[ADAPTER].weight for layer in self.layers]).to(x.dtype)
         parts = [layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER] for layer in self.layers]
         b = torch.block_diag(*parts).to(x.dtype)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        rows = x.reshape(-1, x.shape[-1])
-        mask = self.masks.like(rows) if self.masks.probability and self.layers[0].training else None
-        y: torch.Tensor = _LoraProduct.apply(rows, self.weight, self.bias, a, b, mask)  # type: ignore[no-untyped-call]  # as above
+        drops = bool(self.masks.probability) and self.layers[0].training
+        pool = self.masks.pool if drops else None
+        y, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place)
         return torch.split(y.view(*x.shape[:-1], -1), self.sizes, -1)
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x @ weight^T + bias + (x * mask) @ a^T @ b^T.
+class SharedLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
+    """PEFT's LoRA layer, computing with those that share its input."""
 
-    Shapes: x and mask (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
+    group: SharedInput
+    index: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, (..., in) -> (..., out)."""
+        return self.group.call(self.index, x)
+
+
+@torch.library.custom_op("lorikeet::lora_product", mutates_args=())
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    pool: torch.Tensor | None,
+    place: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x @ weight^T + bias + (x * mask) @ a^T @ b^T, and (x * mask) @ a^T; the mask is that of `pool` at `place`.
+
+    Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
     """
+    inner = (x if pool is None else x * _window(pool, place, x)) @ a.t()
+    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        dropped = x if mask is None else x * mask
-        inner = dropped @ a.t()
-        ctx.save_for_backward(dropped, inner, weight, a, b, mask)
-        return functional.linear(x, weight, bias).addmm_(inner, b.t())
 
-    @staticmethod
-    def backward(ctx: Any, upper: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, inner, weight, a, b, mask = ctx.saved_tensors
-        d_inner = upper @ b
-        d_x = upper @ weight
-        if mask is None:
-            d_x.addmm_(d_inner, a)
-        else:
-            d_x.addcmul_(d_inner @ a, mask)
-        return d_x, None, None, d_inner.t() @ dropped, upper.t() @ inner, None
+@_product.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, a: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("lorikeet::lora_product_backward", mutates_args=())
+def _backward(
+    upper: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    pool: torch.Tensor | None,
+    place: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of x, a and b."""
+    d_inner = upper @ b
+    d_x = upper @ weight
+    if pool is None:
+        d_x.addmm_(d_inner, a)
+        return d_x, d_inner.t() @ x, upper.t() @ inner
+    mask = _window(pool, place, x)
+    d_x.addcmul_(d_inner @ a, mask)
+    return d_x, d_inner.t() @ (x * mask), upper.t() @ inner
+
+
+@_backward.register_fake
+def _(
+    _upper: torch.Tensor,
+    x: torch.Tensor,
+    _inner: torch.Tensor,
+    _weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, _, a, b, pool, place = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b, pool, place)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, upper: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+    d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors)
+    return d_x, None, None, d_a, d_b, None, None
+
+
+_product.register_autograd(_differentiate, setup_context=_save)
 
 
 def fuse_linears(model: nn.Module) -> Masks:
@@ -128,13 +182,14 @@ def fuse_linears(model: nn.Module) -> Masks:
     dropout = found[0].lora_dropout[ADAPTER]
     widest = max(layer.base_layer.in_features for layer in found)
     masks = Masks(dropout.p if isinstance(dropout, nn.Dropout) else 0.0, widest=widest)
+    places = iter(torch.rand(len(found), generator=torch.Generator().manual_seed(0)).tolist())
     for parent in list(model.modules()):
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLinear)}
         for names in TOGETHER:
             if all(name in children for name in names) and _alike([children[name] for name in names]):
-                _share([children.pop(name) for name in names], masks)
+                _share([children.pop(name) for name in names], masks, place=next(places))
         for child in children.values():
-            _share([child], masks)
+            _share([child], masks, place=next(places))
     return masks
 
 
@@ -143,7 +198,8 @@ def _alike(layers: list[LoraLinear]) -> bool:
     return len({layer.base_layer.bias is None for layer in layers}) == 1
 
 
-def _share(layers: list[LoraLinear], masks: Masks) -> None:
-    group = SharedInput(layers, masks)
+def _share(layers: list[LoraLinear], masks: Masks, *, place: float) -> None:
+    group = SharedInput(layers, masks, place=place)
     for index, layer in enumerate(layers):
-        layer.forward = lambda x, index=index: group.call(index, x)
+        layer.__class__ = SharedLinear  # a method of a class, unlike one of an object, is compiled once for all blocks
+        layer.group, layer.index = group, index

@@ -10,6 +10,7 @@ and `reports/loss.png`. Interrupted, it writes a checkpoint and says how to go o
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -29,18 +30,20 @@ from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all
 from lorikeet.data.load import Loaded, load_conversations
-from lorikeet.errors import InputError, Interrupted
+from lorikeet.errors import InputError, Interrupted, MachineError
 from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
 from lorikeet.messages import Conversation
 from lorikeet.prompt import PromptFormat, freeze_dates
-from lorikeet.run import RunFolder
+from lorikeet.run import RunFolder, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype, save_adapter, trained_parameters
 from lorikeet.tune.batches import Batch, count_steps, pack_all, steps
 from lorikeet.tune.fast import Scorer
+from lorikeet.tune.forecast import Forecast, measure, require_room_for_weights
 from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
 from lorikeet.tune.plot import plot_loss
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
+from lorikeet.tune.track import Trackers
 from lorikeet.weights import model_identity, resolve_model
 
 FITTED_AT = 4
@@ -48,6 +51,9 @@ FITTED_AT = 4
 
 SAFETY = 0.85
 """The share of the remaining time that the fitted schedule plans with."""
+
+COMPILE_FROM_S = 600
+"""Runs that are expected to last so long are compiled: it costs about 25 s and saves a sixth of the time."""
 
 HELDOUT = "data/heldout.jsonl"
 
@@ -70,6 +76,8 @@ class Prepared:
     train: list[Any]
     validation: list[Batch]
     base_folder: Path
+    frozen: date
+    """The date that the template inserts, where it inserts one."""
 
 
 def tune(config: TuneConfig, *, out: Path) -> RunFolder:
@@ -88,8 +96,18 @@ def _begin(config: TuneConfig, inputs: Inputs, make_run: Callable[[], RunFolder]
     """Tune from the first step; the run is made when data and model have been found to do."""
     today = date.today()
     inputs.prompt.template = freeze_dates(inputs.prompt.template, today)
-    prepared, counts = _prepare(config, inputs)
+    prepared, counts = _prepare(config, inputs, today)
     run = make_run()
+    try:
+        return _start(run, config, inputs, prepared, counts)
+    except MachineError:
+        if checkpoint.latest(run) is None:
+            shutil.rmtree(run.root)  # nothing is in it but settings, and its name is free for others
+        raise
+
+
+def _start(run: RunFolder, config: TuneConfig, inputs: Inputs, prepared: Prepared, counts: dict[str, int]) -> RunFolder:
+    """Write what the run rests on, then tune."""
     _write_heldout(run, inputs.parts.heldout, config.system_prompt)
     run.update(
         status="tuning",
@@ -101,7 +119,7 @@ def _begin(config: TuneConfig, inputs: Inputs, make_run: Callable[[], RunFolder]
             "broken": len(inputs.loaded.broken),
             **counts,
         },
-        template={"sha256": sha256_text(inputs.prompt.template), "date": today.isoformat()},
+        template={"sha256": sha256_text(inputs.prompt.template), "date": prepared.frozen.isoformat()},
         system_prompt=common_system([c.with_system(config.system_prompt) for c in inputs.parts.train]),
     )
     return _loop(run, config, prepared)
@@ -132,7 +150,7 @@ def resume(root: Path) -> RunFolder:
         raise InputError(f"{config.model} is not the model that {root} was started with; tune into a new folder")
     frozen = date.fromisoformat(manifest["template"]["date"])
     inputs.prompt.template = freeze_dates(inputs.prompt.template, frozen)
-    prepared, _ = _prepare(config, inputs)
+    prepared, _ = _prepare(config, inputs, frozen)
     return _loop(run, config, prepared)
 
 
@@ -181,7 +199,7 @@ def _read(config: TuneConfig) -> Inputs:
     return Inputs(base_folder, prompt, loaded, parts)
 
 
-def _prepare(config: TuneConfig, inputs: Inputs) -> tuple[Prepared, dict[str, int]]:
+def _prepare(config: TuneConfig, inputs: Inputs, frozen: date) -> tuple[Prepared, dict[str, int]]:
     """Encode the parts and return them with their counts."""
     train, validation = (_encode(config, inputs, part) for part in (inputs.parts.train, inputs.parts.validation))
     if train.truncated or train.left_out:
@@ -201,7 +219,7 @@ def _prepare(config: TuneConfig, inputs: Inputs) -> tuple[Prepared, dict[str, in
         "train_tokens": train.tokens,
         "supervised_tokens": train.supervised_tokens,
     }
-    return Prepared(inputs.prompt, train.rows, batches, inputs.base_folder), counts
+    return Prepared(inputs.prompt, train.rows, batches, inputs.base_folder, frozen), counts
 
 
 def _encode(config: TuneConfig, inputs: Inputs, part: list[Conversation]) -> Encoding:
@@ -229,6 +247,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
+    require_room_for_weights(prepared.base_folder, dtype, device, in_4bit=config.load_in_4bit)
     base = load_base(prepared.base_folder, dtype, device, in_4bit=config.load_in_4bit)
     model = apply_lora(base, config)
     parameters = trained_parameters(model)
@@ -244,11 +263,19 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     )
     for reason in scorer.plain:
         _say(f"the plain, slower path is taken for {reason}")
-    run.update(dtype=str(dtype).removeprefix("torch."), device=device.type, plain=scorer.plain)
 
     per_step = config.batch_size * config.gradient_accumulation_steps
     total = config.max_steps or count_steps(len(prepared.train), conversations_per_step=per_step, epochs=config.epochs)
     newest = checkpoint.latest(run)
+    if not newest:
+        validation_tokens = sum(batch.tokens for batch in prepared.validation)
+        forecast = measure(scorer, prepared.train, config, steps=total, validation_tokens=validation_tokens)
+        _say(forecast.sentence(config))
+        forecast.require(config, run.root)
+        run.update(dtype=str(dtype).removeprefix("torch."), device=device.type, plain=scorer.plain)
+        run.update(compiled=_compile(scorer, config, forecast), forecast=asdict(forecast))
+    elif run.manifest()["compiled"]:
+        scorer.compile()
     if newest:
         state = checkpoint.restore(newest, parameters, optimizer, scaler)
         _keep_metrics_until(run, state.step)
@@ -257,10 +284,11 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
         _keep_metrics_until(run, -1)
         state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
         before = time.monotonic()
-        state = _validate(run, state, scorer, prepared.validation, device)
+        state, _ = _validate(run, state, scorer, prepared.validation, device)
         spent = time.monotonic() - before
         state = replace(state, elapsed_s=spent, validation_s=spent)
         checkpoint.save(run, state, parameters, optimizer, scaler)
+    trackers = Trackers.open(run, config, first_step=state.step)
 
     stream = steps(
         prepared.train,
@@ -315,10 +343,11 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             if config.max_minutes and state.step == FITTED_AT:
                 state = _fit(config, state, [*run.metrics(), row])
             if _is_done(config, state) or state.step % config.eval_steps == 0:
-                state = _validate(run, state, scorer, prepared.validation, device, row=row)
+                state, row["val_loss"] = _validate(run, state, scorer, prepared.validation, device, row=row)
                 state = replace(state, elapsed_s=time.monotonic() - began)
             else:
                 run.append_metrics(row)
+            trackers.log(row)
             show(state, row)
             done, improved = _is_done(config, state), state.best_step == state.step
             if done or improved or interrupted() or state.step % config.save_steps == 0:
@@ -330,7 +359,19 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
                 )
     if _is_patience_spent(config, state):
         _say(f"stopped early: {state.since_best} validations without improvement")
-    return _finish(run, config, prepared, model, parameters, state, start)
+    finished = _finish(run, config, prepared, model, parameters, state, start)
+    trackers.finish(finished.manifest()["tuned"])
+    return finished
+
+
+def _compile(scorer: Scorer, config: TuneConfig, forecast: Forecast) -> bool:
+    """Compile the blocks if that is asked for, or pays; return whether they are, and say why they are not."""
+    lasts_s = min(forecast.seconds, config.max_minutes * 60 or forecast.seconds)
+    if config.torch_compile == "off" or (config.torch_compile == "auto" and lasts_s < COMPILE_FROM_S):
+        return False
+    why_not = scorer.compile()
+    _say(f"blocks are not compiled: {why_not}" if why_not else "blocks are compiled in the first step; it takes longer")
+    return not why_not
 
 
 def _is_done(config: TuneConfig, state: checkpoint.State) -> bool:
@@ -395,15 +436,15 @@ def _validate(
     device: torch.device,
     *,
     row: dict[str, Any] | None = None,
-) -> checkpoint.State:
-    """Append the step's row with its validation loss; return the state, the best step in it."""
+) -> tuple[checkpoint.State, float]:
+    """Append the step's row with its validation loss; return the state, the best step in it, and the loss."""
     loss = scorer.mean_loss(batches, device=device)
     run.append_metrics(
         {**(row or {"step": state.step, "elapsed_s": 0.0, "rss_bytes": resident_bytes()}), "val_loss": loss}
     )
     if loss < state.best_loss:
-        return replace(state, best_step=state.step, best_loss=loss, since_best=0)
-    return replace(state, since_best=state.since_best + 1)
+        return replace(state, best_step=state.step, best_loss=loss, since_best=0), loss
+    return replace(state, since_best=state.since_best + 1), loss
 
 
 def _fit(config: TuneConfig, state: checkpoint.State, rows: list[dict[str, Any]]) -> checkpoint.State:
@@ -427,20 +468,6 @@ def _keep_metrics_until(run: RunFolder, step: int) -> None:
     """Drop the metrics of steps that came after the checkpoint gone on from."""
     rows = [row for row in run.metrics() if row["step"] <= step]
     write_atomic(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def resident_bytes(*, peak: bool = False) -> int:
-    """Return the memory that this process holds now, or at its `peak`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        key = "VmHWM:" if peak else "VmRSS:"
-        for line in status.read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
 
 
 @contextmanager
