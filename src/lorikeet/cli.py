@@ -113,7 +113,14 @@ def inspect(
 
 
 @app.command
-def tune(config: TuneConfig | None = None, *, out: Path | None = None, resume: Path | None = None) -> int:
+def tune(
+    config: TuneConfig | None = None,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    sweep: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    sweep_trials: int = 0,
+) -> int:
     """Tune a base model with LoRA on conversations.
 
     Parameters
@@ -121,18 +128,28 @@ def tune(config: TuneConfig | None = None, *, out: Path | None = None, resume: P
     out
         The run folder to make; by default runs/MODEL-DATA.
     resume
-        A run folder to go on with, instead of starting one; its own settings are used.
+        A run folder or sweep to go on with, instead of starting one; its own settings are used.
+    sweep
+        FIELD=V1,V2,...: a run for each value, compared at the end; can be given several times.
+    sweep_trials
+        At most so many runs of a sweep; 0 for all combinations.
     """
     from lorikeet.tune import loop
 
-    if resume is not None:
-        if config is not None or out is not None:
-            raise InputError("--resume takes the run's own settings; give no others with it")
-        run = loop.resume(resume)
+    if resume is not None and (config is not None or out is not None or sweep):
+        raise InputError("--resume takes the run's own settings; give no others with it")
+    if sweep_trials < 0 or (sweep_trials and not sweep):
+        raise InputError(f"--sweep-trials is {sweep_trials}; it needs --sweep and must not be negative")
+    config = config or TuneConfig()
+    out = out or _default_out(config)
+    if sweep or (resume is not None and (resume / "sweep.json").is_file()):
+        from lorikeet.tune.sweep import resume_sweep
+        from lorikeet.tune.sweep import sweep as start_sweep
+
+        root = resume_sweep(resume) if resume else start_sweep(config, sweep, trials=sweep_trials, out=out)
     else:
-        config = config or TuneConfig()
-        run = loop.tune(config, out=out or _default_out(config))
-    _say(f"next: lorikeet export {run.root}")
+        root = (loop.resume(resume) if resume else loop.tune(config, out=out)).root
+    _say(f"next: lorikeet export {root}")
     return 0
 
 

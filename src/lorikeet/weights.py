@@ -192,13 +192,10 @@ def base_gguf_path(manifest: dict[str, Any], quant: str) -> Path:
 
 
 def quiet_transformers() -> None:
-    """Turn off transformers' own progress bars, as every stage shows its own, and what bitsandbytes says of kernels."""
-    import logging
+    """Turn off transformers' own progress bars; every stage shows its own."""
+    from transformers.utils import logging
 
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
 
 
 def inventory() -> list[dict[str, Any]]:

@@ -40,7 +40,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[in
 @pytest.mark.parametrize("window", [0, 5, 40])
 @pytest.mark.parametrize("lengths", [[1], [7, 1, 12], [33, 70, 16]])
 def test_attention_stays_inside_each_document(lengths: list[int], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks
+    monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks,
+    monkeypatch.setattr(attention, "KEPT", 40)  # and some of these compute their weights again
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     torch.manual_seed(0)
     q = torch.randn(6, int(bounds[-1]), 8, requires_grad=True)
@@ -59,7 +60,7 @@ def test_attention_is_a_well_formed_operator() -> None:
     bounds = torch.tensor([0, 5, 9])
     q, k, v = (torch.randn(heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention._forward, (q, k, v, bounds, 0.3, 0), test_utils=checks)
+    torch.library.opcheck(attention._forward, (q, k, v, bounds, 0.3, 0, 8), test_utils=checks)
 
 
 @pytest.mark.parametrize("count", [1, 8, 300])
@@ -81,13 +82,12 @@ def test_masks_drop_the_asked_share_and_are_new_at_each_step() -> None:
     masks = linear.Masks(0.05, widest=300)
     x = torch.ones(400, 300)
     masks.draw(400, dtype=torch.float32, device=CPU)
-    first, second = masks.like(x), masks.like(x)
+    first, second = (linear.window(masks.pool, torch.tensor(place), x) for place in (0.1, 0.8))
     assert first.shape == x.shape and first.unique().tolist() == pytest.approx([0, 1 / 0.95])
     assert (first == 0).float().mean().item() == pytest.approx(0.05, abs=0.003)
     assert not torch.equal(first, second)
-    before = masks.pool
     masks.draw(400, dtype=torch.float32, device=CPU)
-    assert not torch.equal(before, masks.pool)
+    assert not torch.equal(first, linear.window(masks.pool, torch.tensor(0.1), x))
 
 
 def awaken(model: Any) -> None:

@@ -40,19 +40,27 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A plain LoRA adapter: what is added to which weight."""
+    """A LoRA or DoRA adapter: what is added to which weight, and how long its rows are then made."""
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
     """Weight name in the base -> (A of shape (r, in), B of shape (out, r)), float32."""
     scale: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    magnitudes: dict[str, torch.Tensor]
+    """DoRA alone: weight name -> the norm of each of its rows, float32, shape (out,)."""
 
-    def delta(self, name: str) -> torch.Tensor | None:
-        """Return what is added to the weight `name`, float32, shape (out, in); None if it is not adapted."""
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight `name`, float32, shape (out, in), with the adapter in it.
+
+        DoRA (arXiv 2402.09353, equation 5) scales each row of the sum to its magnitude.
+        """
         if name not in self.pairs:
-            return None
+            return weight
         a, b = self.pairs[name]
-        return (b @ a) * self.scale
+        merged = weight + (b @ a) * self.scale
+        if name in self.magnitudes:
+            merged *= (self.magnitudes[name] / merged.norm(dim=1)).unsqueeze(1)
+        return merged
 
 
 def tensors(folder: Path) -> Iterator[Tensor]:
@@ -72,20 +80,24 @@ def load_adapter(folder: Path) -> Adapter:
             loaded = {name: torch.as_tensor(opened.get_tensor(name)).float() for name in opened.keys()}  # noqa: SIM118  # safe_open has no __iter__
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole adapter: {error}; tune again") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+    if config.get("peft_type") != "LORA" or config.get("fan_in_fan_out"):
         raise InputError(
-            f"{folder} is a {config.get('peft_type')} adapter that cannot be merged here; only plain LoRA can"
+            f"{folder} is a {config.get('peft_type')} adapter that cannot be merged here; only LoRA and DoRA can"
         )
     rank = config["r"]
-    pairs = {}
+    pairs, magnitudes = {}, {}
     for name, a in loaded.items():
-        if name.endswith(".lora_A.weight"):
+        if name.endswith(".lora_magnitude_vector"):
+            stem = name.removesuffix(".lora_magnitude_vector")
+            magnitudes[stem.removeprefix(PREFIX) + ".weight"] = a
+        elif name.endswith(".lora_A.weight"):
             stem = name.removesuffix(".lora_A.weight")
             pairs[stem.removeprefix(PREFIX) + ".weight"] = (a, loaded[stem + ".lora_B.weight"])
-    if not pairs or len(loaded) != 2 * len(pairs):
-        raise InputError(f"{folder} holds tensors other than pairs of lora_A and lora_B; only plain LoRA can be merged")
+    whole = not magnitudes or magnitudes.keys() == pairs.keys()
+    if not pairs or not whole or len(loaded) != 2 * len(pairs) + len(magnitudes):
+        raise InputError(f"{folder} holds tensors other than those of LoRA or DoRA; only these can be merged")
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    return Adapter(pairs, scale)
+    return Adapter(pairs, scale, magnitudes)
 
 
 def merge(base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int], None] = lambda *_: None) -> None:
@@ -119,8 +131,7 @@ def merged_tensor(tensor: Tensor, lora: Adapter) -> torch.Tensor:
     """Return a weight of the base with the adapter added, in 16 bits."""
     value = tensor.load()
     kind = value.dtype if value.dtype in {torch.bfloat16, torch.float16} else torch.bfloat16
-    delta = lora.delta(tensor.name)
-    merged = value if delta is None else value.float() + delta
+    merged = lora.apply(tensor.name, value.float()) if tensor.name in lora.pairs else value
     return merged.to(kind).contiguous() if merged.is_floating_point() else merged
 
 

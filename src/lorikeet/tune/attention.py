@@ -24,8 +24,11 @@ from transformers.masking_utils import AttentionMaskInterface
 NAME = "lorikeet_documents"
 """What transformers knows this attention by."""
 
-BLOCK = 256
+BLOCK = 128
 """Queries whose scores are held at once; shorter documents take one block."""
+
+KEPT = 512
+"""Documents up to this length keep their attention weights for the backward pass; longer ones compute them again."""
 
 
 def use_document_attention(model: Any) -> None:
@@ -57,13 +60,13 @@ def _attend(
     return out.transpose(0, 1).unsqueeze(0), None
 
 
-def _blocks(documents: torch.Tensor, window: int) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (first key, first query, end, whether it is a whole document) of every block; its keys end where it ends."""
+def _blocks(documents: torch.Tensor, window: int, most: int) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield (first key, first query, end, whether its weights are kept) of every block; its keys end where it ends."""
     bounds = documents.tolist()
     for start, end in itertools.pairwise(bounds):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
-            yield (max(start, first - window + 1) if window else start), first, last, end - start <= BLOCK
+            yield (max(start, first - window + 1) if window else start), first, last, end - start <= most
 
 
 @lru_cache(maxsize=32)
@@ -95,17 +98,26 @@ def _softmax(
 
 @torch.library.custom_op("lorikeet::document_attention", mutates_args=())
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor, scale: float, window: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor,
+    scale: float,
+    window: int,
+    most: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attention and, one after the other, the weights of the documents that take a single block."""
+    """Return the attention and, one after the other, the weights of the documents of at most `most` tokens.
+
+    `most` is an argument because a compiled graph that is found in a cache is known by its arguments alone.
+    """
     groups = query.shape[0] // key.shape[0]
     out = torch.empty_like(query)
-    kept = query.new_empty(query.shape[0] * query.shape[1] * BLOCK)  # room for any; what is not written takes no memory
+    kept = query.new_empty(query.shape[0] * query.shape[1] * most)  # room for any; what is not written takes no memory
     place = 0
-    for start, first, end, whole in _blocks(documents, window):
+    for start, first, end, keeps in _blocks(documents, window, most):
         q = _stacked(query[:, first:end], groups)
-        size = query.shape[0] * (end - first) * (end - start) if whole else 0
-        room = kept[place : place + size] if whole else None
+        size = query.shape[0] * (end - first) * (end - start) if keeps else 0
+        room = kept[place : place + size] if keeps else None
         weights = _softmax(q, key[:, start:end], scale, groups, window, room)
         place += size
         out[:, first:end] = torch.bmm(weights, value[:, start:end]).view(query.shape[0], end - first, -1)
@@ -113,8 +125,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[0] * query.shape[1] * BLOCK)
+def _(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[0] * query.shape[1] * others[-1])
 
 
 @torch.library.custom_op("lorikeet::document_attention_backward", mutates_args=())
@@ -127,15 +139,16 @@ def _backward(
     kept: torch.Tensor,
     scale: float,
     window: int,
+    most: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value."""
     heads, groups = query.shape[0], query.shape[0] // key.shape[0]
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     place = 0
-    for start, first, end, whole in _blocks(documents, window):
+    for start, first, end, keeps in _blocks(documents, window, most):
         q, k, v = _stacked(query[:, first:end], groups), key[:, start:end], value[:, start:end]
         upper = _stacked(grad[:, first:end], groups)
-        if whole:
+        if keeps:
             shape = (key.shape[0], groups * (end - first), end - start)
             weights = kept[place : place + shape[0] * shape[1] * shape[2]].view(shape)
             place += weights.numel()
@@ -156,14 +169,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, documents, ctx.scale, ctx.window = inputs
+    query, key, value, documents, ctx.scale, ctx.window, ctx.most = inputs
     ctx.save_for_backward(query, key, value, documents, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     query, key, value, documents, kept = ctx.saved_tensors
-    return (*_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window), None, None, None)
+    return (
+        *_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window, ctx.most),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -178,5 +197,5 @@ def document_attention(
     heads. `documents`, int64 on the CPU, shape (documents + 1,), holds where each starts, and the end. `window` is how
     many keys a query sees, 0 for all. The result has the shape and type of `query`.
     """
-    out: torch.Tensor = _forward(query, key, value, documents, scale, window)[0]
+    out: torch.Tensor = _forward(query, key, value, documents, scale, window, KEPT)[0]
     return out

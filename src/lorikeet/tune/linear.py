@@ -47,7 +47,7 @@ class Masks:
             self.pool = functional.dropout(ones, self.probability)
 
 
-def _window(pool: torch.Tensor, place: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def window(pool: torch.Tensor, place: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the mask at `place`, in [0, 1), of the pool: 0 or 1 / (1 - probability), in the shape of `x`."""
     first = int(float(place) * (pool.numel() - x.numel()))
     return pool[first : first + x.numel()].view(x.shape)
@@ -110,7 +110,7 @@ def _product(
 
     Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
     """
-    inner = (x if pool is None else x * _window(pool, place, x)) @ a.t()
+    inner = (x if pool is None else x * window(pool, place, x)) @ a.t()
     return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner
 
 
@@ -138,7 +138,7 @@ def _backward(
     if pool is None:
         d_x.addmm_(d_inner, a)
         return d_x, d_inner.t() @ x, upper.t() @ inner
-    mask = _window(pool, place, x)
+    mask = window(pool, place, x)
     d_x.addcmul_(d_inner @ a, mask)
     return d_x, d_inner.t() @ (x * mask), upper.t() @ inner
 

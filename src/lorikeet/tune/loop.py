@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -23,8 +23,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
@@ -40,8 +41,9 @@ from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype
 from lorikeet.tune.batches import Batch, count_steps, pack_all, steps
 from lorikeet.tune.fast import Scorer
 from lorikeet.tune.forecast import Forecast, measure, require_room_for_weights
+from lorikeet.tune.live import draw_line
 from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
-from lorikeet.tune.plot import plot_loss
+from lorikeet.tune.plot import plot_loss, running_mean
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
 from lorikeet.tune.track import Trackers
 from lorikeet.weights import model_identity, resolve_model
@@ -55,7 +57,14 @@ SAFETY = 0.85
 COMPILE_FROM_S = 600
 """Runs that are expected to last so long are compiled: it costs about 25 s and saves a sixth of the time."""
 
+PLOT_WIDTH, PLOT_HEIGHT = 60, 6
+"""Characters of the plot of the loss in a terminal."""
+
 HELDOUT = "data/heldout.jsonl"
+
+
+class DivergedError(InputError):
+    """The loss is no finite number any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +309,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
     )
     began = time.monotonic() - state.elapsed_s
     model.train()
-    with _interruptible() as interrupted, _progress(state) as show:
+    with _interruptible() as interrupted, _progress(config, state) as show:
         while not _is_done(config, state):
             step_began = time.monotonic()
             rate = learning_rate(
@@ -315,7 +324,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
                 scaler.scale(partial).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 loss += partial.item()
             if not loss < float("inf"):
-                raise InputError(
+                raise DivergedError(
                     f"the loss is {loss} at step {state.step + 1}; lower learning_rate ({config.learning_rate}), "
                     f"then tune into a new folder (the last good checkpoint is in {run.root / 'checkpoints'})"
                 )
@@ -489,9 +498,22 @@ def _interruptible() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
+class _PlottedProgress(Progress):
+    """A progress bar under a small plot of the loss."""
+
+    losses: tuple[float, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the plot, once there is something to plot, and the bar."""
+        for number, line in enumerate(draw_line(self.losses, width=PLOT_WIDTH, height=PLOT_HEIGHT)):
+            label = {0: f"{max(self.losses):.2f}", PLOT_HEIGHT - 1: f"{min(self.losses):.2f}"}.get(number, "")
+            yield Text(f"{label:>8} {line}", style="green")
+        yield self.make_tasks_table(self.tasks)
+
+
 @contextmanager
-def _progress(state: checkpoint.State) -> Iterator[Any]:
-    """Give a function that shows a step: a bar on a terminal, a line now and then elsewhere."""
+def _progress(config: TuneConfig, state: checkpoint.State) -> Iterator[Any]:
+    """Give a function that shows a step: a plot and a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
     columns = (
         TextColumn("tuning"),
@@ -502,16 +524,18 @@ def _progress(state: checkpoint.State) -> Iterator[Any]:
         TextColumn("{task.fields[left]} left"),
     )
     began, first = time.monotonic(), state.step
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _PlottedProgress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=state.total_steps, completed=state.step, loss=0.0, rate=0.0, left="?")
-        mean: list[float] = []
+        losses: list[float] = []
 
         def show(now: checkpoint.State, row: dict[str, Any]) -> None:
-            mean.append(row["loss"])
+            losses.append(row["loss"])
             each = (time.monotonic() - began) / (now.step - first)
             left_s = each * (now.total_steps - now.step)
             left = f"{int(left_s // 60)}:{int(left_s % 60):02d}"
-            loss = sum(mean[-20:]) / len(mean[-20:])
+            loss = sum(losses[-20:]) / len(losses[-20:])
+            if not config.track:
+                bar.losses = tuple(running_mean(losses))
             bar.update(task, completed=now.step, total=now.total_steps, loss=loss, rate=row["tokens_per_s"], left=left)
             if not console.is_terminal and (now.step % 10 == 0 or now.step == now.total_steps):
                 _say(

@@ -1,4 +1,4 @@
-"""`reports/loss.png`: training and validation loss over the steps."""
+"""`reports/loss.png`: training and validation loss over the steps; `reports/sweep.png`: trials side by side."""
 
 from __future__ import annotations
 
@@ -40,6 +40,43 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     axes.grid(color=GREY, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, format="png")
+    pyplot.close(figure)
+
+
+def plot_sweep(
+    trials: list[tuple[dict[str, Any], float | None]], curves: list[list[dict[str, Any]]], path: Path, *, best: int
+) -> None:
+    """Draw a sweep: best validation loss against each swept value, and every trial's validation curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(trials[0][0])
+    figure, axes = pyplot.subplots(1, len(names) + 1, figsize=(5 * (len(names) + 1), 4.2), dpi=110)
+    for panel, name in zip(axes, names, strict=False):
+        points = [(values[name], loss, n == best) for n, (values, loss) in enumerate(trials) if loss is not None]
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _, _ in points)
+        for value, loss, is_best in points:
+            panel.plot(value if numeric else str(value), loss, "o", color=ORANGE if is_best else GREEN, markersize=8)
+        if name == "learning_rate":
+            panel.set_xscale("log")
+        panel.set(xlabel=name, ylabel="best validation loss (nats a token)")
+    for number, rows in enumerate(curves):
+        curve = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+        label = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in trials[number][0].items())
+        if curve:
+            color = ORANGE if number == best else GREEN
+            alpha = 1.0 if number == best else 0.3 + 0.5 * number / len(curves)
+            axes[-1].plot(*zip(*curve, strict=True), color=color, alpha=alpha, linewidth=2, marker="o", markersize=3)
+            axes[-1].annotate(label, curve[-1], fontsize=7, xytext=(4, 0), textcoords="offset points", va="center")
+    axes[-1].set(xlabel="step", ylabel="validation loss")
+    axes[-1].margins(x=0.3)
+    for panel in axes:
+        panel.grid(color=GREY, alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, format="png")
     pyplot.close(figure)

@@ -121,9 +121,11 @@ class Trackio:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Log the summary and close."""
+        import trackio
+
         with _quiet():
             self._run.log({f"summary/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
-            self._run.finish()
+            trackio.finish()
 
 
 class Trackers:

@@ -1,0 +1,198 @@
+"""A small sweep: the same run with different settings, compared by validation loss, with Optuna.
+
+    sweep(config, ("learning_rate=1e-4,3e-4,1e-3",), trials=0, out=Path("runs/sweep"))
+    resume_sweep(Path("runs/sweep"))
+
+Each trial is a whole run folder, OUT/trial-000 and so on; OUT/sweep.json holds what is done, so a sweep that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from lorikeet.config import TuneConfig
+from lorikeet.errors import InputError
+from lorikeet.files import atomic_file, write_atomic
+from lorikeet.run import RunFolder
+from lorikeet.tune import loop
+from lorikeet.tune.plot import plot_sweep
+
+SWEEP = "sweep.json"
+
+INCOMPARABLE = {
+    "model": "losses of different models are not comparable",
+    "data": "losses on different data are not comparable",
+    "system_prompt": "it changes what is validated on",
+    "validation_share": "it changes what is validated on",
+    "heldout_share": "it changes what is validated on",
+    "max_length": "it changes what is validated on",
+    "on_long": "it changes what is validated on",
+    "seed": "it changes what is validated on",
+}
+"""Fields that cannot be swept, and why."""
+
+Space = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a sweep that has ended."""
+
+    values: dict[str, Any]
+    loss: float | None
+    """Best validation loss; None if it diverged."""
+    best_step: int
+    seconds: float
+    why: str
+    """Why it has no loss; '' if it has."""
+
+
+def parse_space(specs: Sequence[str]) -> Space:
+    """Return what `FIELD=V1,V2,...` names, each value of its field's type.
+
+    Raises InputError for a field that there is not or that makes runs incomparable, and for values of another type.
+    """
+    defaults = {field.name: field.default for field in fields(TuneConfig)}
+    space: Space = {}
+    for spec in specs:
+        name, equals, values = spec.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or not values.strip():
+            raise InputError(f"--sweep {spec} names no values; write FIELD=V1,V2 such as learning_rate=1e-4,3e-4,1e-3")
+        if name in INCOMPARABLE:
+            raise InputError(f"--sweep {name}: {INCOMPARABLE[name]}")
+        if name not in defaults or isinstance(defaults[name], tuple):
+            nearest = get_close_matches(name, defaults, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see: lorikeet tune --help"
+            raise InputError(f"--sweep {name}: tune has no such setting that can be swept; {hint}")
+        space[name] = list(dict.fromkeys(_value(name, text.strip(), defaults[name]) for text in values.split(",")))
+    return space
+
+
+def _value(name: str, text: str, default: Any) -> Any:
+    """Return `text` as the type of the field's default."""
+    if isinstance(default, bool):
+        if text.lower() not in {"true", "false"}:
+            raise InputError(f"--sweep {name}: {text} is not true or false")
+        return text.lower() == "true"
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        raise InputError(f"--sweep {name}: {text} is not a {type(default).__name__}") from error
+
+
+def sweep(config: TuneConfig, specs: Sequence[str], *, trials: int, out: Path) -> Path:
+    """Run the trials in the new folder `out` and return the best one's run folder.
+
+    All combinations are run; with `trials` above 0 at most so many, chosen by Optuna's TPE sampler (Bergstra et al.,
+    2011) from those before. Raises InputError for settings that cannot be tuned.
+    """
+    space = parse_space(specs)
+    for name, values in space.items():
+        for value in values:
+            loop.check(replace(config, **{name: value}))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; name another folder with --out, or: lorikeet tune --resume {out}")
+    settings = {"config": asdict(config), "space": space, "trials": trials, "done": []}
+    write_atomic(out / SWEEP, json.dumps(settings, indent=2) + "\n")
+    return resume_sweep(out)
+
+
+def resume_sweep(out: Path) -> Path:
+    """Run the trials that are left of the sweep in `out`, write table and plot, and return the best run's folder.
+
+    Raises InputError if no trial gave a loss.
+    """
+    settings = json.loads((out / SWEEP).read_text(encoding="utf-8"))
+    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+    config = TuneConfig(**fixed)
+    space: Space = settings["space"]
+    done = [Trial(**trial) for trial in settings["done"]]
+    combinations = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    total = min(len(combinations), settings["trials"] or len(combinations))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed), direction="minimize")
+    if total == len(combinations):
+        for values in combinations:
+            study.enqueue_trial(values)
+    for number in range(total):
+        asked = study.ask()
+        values = {name: asked.suggest_categorical(name, choices) for name, choices in space.items()}
+        if number == len(done):
+            said = ", ".join(
+                f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+            )
+            print(f"\ntrial {number + 1} of {total}: {said}", file=sys.stderr, flush=True)
+            done.append(_run_trial(replace(config, **values), out / f"trial-{number:03d}", values))
+            settings["done"] = [asdict(trial) for trial in done]
+            write_atomic(out / SWEEP, json.dumps(settings, indent=2) + "\n")
+        loss = done[number].loss
+        if loss is None:
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(asked, loss)
+    return _report(out, done)
+
+
+def _run_trial(config: TuneConfig, root: Path, values: dict[str, Any]) -> Trial:
+    """Tune in `root`, going on where an interrupted trial was; a run that diverges is a trial without a loss."""
+    try:
+        if (root / "run.json").is_file():
+            run = RunFolder.open(root)
+            if run.manifest()["status"] != "tuned":
+                run = loop.resume(root)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+            run = loop.tune(config, out=root)
+    except loop.DivergedError as error:
+        return Trial(values, None, 0, 0.0, str(error))
+    tuned = run.manifest()["tuned"]
+    return Trial(values, tuned["best_val_loss"], tuned["best_step"], tuned["elapsed_s"], "")
+
+
+def _report(out: Path, done: Sequence[Trial]) -> Path:
+    """Print the table, write the plot, and return the best trial's folder."""
+    good = [(trial.loss, number) for number, trial in enumerate(done) if trial.loss is not None]
+    if not good:
+        raise InputError(f"no trial of {out} gave a loss: {done[0].why}")
+    best = min(good)[1]
+    for line in table(done, best=best):
+        print(line)
+    curves = [RunFolder(out / f"trial-{number:03d}").metrics() for number in range(len(done))]
+    with atomic_file(out / "reports" / "sweep.png") as path:
+        plot_sweep([(t.values, t.loss) for t in done], curves, path, best=best)
+    print(f"plot: {out / 'reports' / 'sweep.png'}")
+    return out / f"trial-{best:03d}"
+
+
+def table(done: Sequence[Trial], *, best: int) -> list[str]:
+    """Return the trials as lines of text, the best one marked."""
+    names = list(done[0].values)
+    head = ["", "trial", *names, "val loss", "best step", "minutes"]
+    rows = [
+        [
+            "*" if number == best else "",
+            f"{number:03d}",
+            *(
+                f"{trial.values[name]:g}" if isinstance(trial.values[name], float) else str(trial.values[name])
+                for name in names
+            ),
+            "diverged" if trial.loss is None else f"{trial.loss:.4f}",
+            str(trial.best_step),
+            f"{trial.seconds / 60:.1f}",
+        ]
+        for number, trial in enumerate(done)
+    ]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]

@@ -1,0 +1,117 @@
+"""A sweep runs every combination, survives one that diverges, goes on after an interruption, and names the best."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorikeet.cli import run as run_cli
+from lorikeet.config import TuneConfig
+from lorikeet.errors import InputError
+from lorikeet.run import RunFolder
+from lorikeet.tune import loop
+from lorikeet.tune.sweep import parse_space, resume_sweep, sweep
+
+
+@pytest.fixture
+def config(tiny_model: Path, chats: Path) -> TuneConfig:
+    return TuneConfig(model=str(tiny_model), data=str(chats), max_steps=4, eval_steps=2, dtype="float32")
+
+
+def test_every_combination_is_run_and_the_lowest_loss_wins(
+    config: TuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    best = sweep(config, ["learning_rate=1e-5,1e-2", "lora-r=4,8"], trials=0, out=out)
+    done = json.loads((out / "sweep.json").read_text())["done"]
+    assert [list(t["values"].values()) for t in done] == [[1e-5, 4], [1e-5, 8], [1e-2, 4], [1e-2, 8]]
+    losses = [RunFolder.open(out / f"trial-{n:03d}").manifest()["tuned"]["best_val_loss"] for n in range(4)]
+    assert [t["loss"] for t in done] == losses and best == out / f"trial-{losses.index(min(losses)):03d}"
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["trial", "learning_rate", "lora_r", "val", "loss", "best", "step", "minutes"]
+    assert [line.split()[0] for line in table[1:5]].count("*") == 1
+    assert (out / "reports" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = ["learning_rate=1e-3,1e-2,3e-2"]
+    whole = sweep(config, specs, trials=0, out=tmp_path / "whole")
+    tune = loop.tune
+    calls: list[Path] = []
+
+    def interrupted(given: TuneConfig, *, out: Path) -> RunFolder:
+        calls.append(out)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tune(given, out=out)
+
+    monkeypatch.setattr(loop, "tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, specs, trials=0, out=tmp_path / "broken")
+    assert run_cli(["tune", "--resume", str(tmp_path / "broken")]) == 0
+    assert [path.name for path in calls] == ["trial-000", "trial-001", "trial-001", "trial-002"]
+    results: list[Any] = [
+        [(t["values"], t["loss"]) for t in json.loads((tmp_path / name / "sweep.json").read_text())["done"]]
+        for name in ("whole", "broken")
+    ]
+    assert results[0] == results[1] and whole.name == resume_sweep(tmp_path / "broken").name
+
+
+def test_a_run_that_diverges_is_a_trial_without_a_loss(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = loop.tune
+
+    def diverging(given: TuneConfig, *, out: Path) -> RunFolder:
+        if given.learning_rate > 0.1:
+            raise loop.DivergedError("the loss is nan at step 1")
+        return tune(given, out=out)
+
+    monkeypatch.setattr(loop, "tune", diverging)
+    assert sweep(config, ["learning_rate=1e-2,9"], trials=0, out=tmp_path / "s").name == "trial-000"
+    assert "diverged" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no trial of .* gave a loss: the loss is nan"):
+        sweep(config, ["learning_rate=8,9"], trials=0, out=tmp_path / "t")
+
+
+def test_fewer_trials_are_chosen_from_the_combinations(config: TuneConfig, tmp_path: Path) -> None:
+    sweep(replace(config, max_steps=1), ["learning_rate=1e-3,1e-2,3e-2", "lora_r=4,8"], trials=2, out=tmp_path / "s")
+    done = json.loads((tmp_path / "s" / "sweep.json").read_text())["done"]
+    assert len(done) == 2 and all(t["values"]["lora_r"] in {4, 8} for t in done)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("learning_rat=1,2", "did you mean learning_rate"),
+        ("learning_rate", "names no values"),
+        ("learning_rate=fast", "fast is not a float"),
+        ("lora_r=4,x", "x is not a int"),
+        ("use_rslora=maybe", "maybe is not true or false"),
+        ("data=a,b", "not comparable"),
+        ("max_length=1,2", "changes what is validated on"),
+        ("target_modules=q_proj", "no such setting"),
+        ("learning_rate=0,1", "learning_rate is 0.0; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_swept_is_said_in_one_line(
+    config: TuneConfig, tmp_path: Path, spec: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["tune", "--model", config.model, "--data", config.data, "--out", str(tmp_path / "s"), "--sweep", spec]
+    assert run_cli(given) == 2
+    errors = capsys.readouterr().err.strip()
+    assert message in errors and "\n" not in errors
+    assert not (tmp_path / "s").exists()
+
+
+def test_values_have_their_fields_types() -> None:
+    assert parse_space(["use-rslora=true,False", "lora_alpha=8,16,8"]) == {
+        "use_rslora": [True, False],
+        "lora_alpha": [8, 16],
+    }
