@@ -114,7 +114,7 @@ def ours(rows: list[list[Any]], *, compiled: bool) -> tuple[list[float], list[fl
     losses, seconds = [], []
     for step in rows:
         began = time.perf_counter()
-        batches = pack_all(step, batch_size=BATCH, max_tokens=config.max_length)
+        batches = pack_all(step, max_tokens=config.max_length, share=True)
         supervised = sum(len(batch.labels) for batch in batches)
         total = 0.0
         scorer.start_step(batches)

@@ -276,7 +276,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _fail("out of memory; close other programs, or lower batch_size and max_length", code=3)
+        return _fail("out of memory; close other programs, or lower max_length", code=3)
 
 
 def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:

@@ -70,9 +70,10 @@ class TuneConfig:
     max_minutes: float = 0.0
     """Stop tuning after this time; the schedule is fitted to it. 0 for no bound."""
     batch_size: int = 4
-    """Conversations in a micro-batch; one of more than `max_length` tokens is split, which changes no sum."""
+    """Times `gradient_accumulation_steps`: the conversations of a step. They are computed in rows of up to `max_length`
+    tokens, as many conversations in each as fit, which changes no sum and bounds the memory."""
     gradient_accumulation_steps: int = 2
-    """Micro-batches in a step, weighed by supervised tokens."""
+    """Times `batch_size`: the conversations of a step, weighed by supervised tokens."""
     warmup_ratio: float = 0.01
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.01

@@ -14,7 +14,7 @@ from lorikeet.data.encode import encode_all
 from lorikeet.errors import InputError
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import count_steps, pack, pack_all, steps
+from lorikeet.tune.batches import LEAST_SHARED, count_steps, pack, pack_all, shared_start, steps
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations
@@ -41,7 +41,7 @@ def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> No
     rows = rows_of(tiny_model)
     drawn = [
         tuple(b.ids.flatten().tolist())
-        for step in islice(steps(rows, batch_size=1, accumulation=2, max_tokens=500, seed=1), 12)
+        for step in islice(steps(rows, per_step=2, max_tokens=1, share=False, seed=1), 12)
         for b in step
     ]
     everything = sorted(tuple(row.ids) for row in rows)
@@ -51,8 +51,8 @@ def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> No
 
 def test_a_later_start_gives_the_same_steps(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
-    whole = list(islice(steps(rows, batch_size=2, accumulation=2, max_tokens=500, seed=9), 7))
-    rest = list(islice(steps(rows, batch_size=2, accumulation=2, max_tokens=500, seed=9, first_step=4), 3))
+    whole = list(islice(steps(rows, per_step=4, max_tokens=500, share=True, seed=9), 7))
+    rest = list(islice(steps(rows, per_step=4, max_tokens=500, share=True, seed=9, first_step=4), 3))
     assert [[b.ids.tolist() for b in step] for step in whole[4:]] == [[b.ids.tolist() for b in step] for step in rest]
 
 
@@ -86,12 +86,49 @@ def test_steps_are_counted_as_drawn() -> None:
     ]
 
 
-def test_a_micro_batch_is_bound_in_conversations_and_in_tokens(tiny_model: Path) -> None:
+def test_a_micro_batch_is_bound_in_tokens(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
     longest = max(len(row.ids) for row in rows)
-    batches = pack_all(rows, batch_size=4, max_tokens=3 * longest)
-    assert all(batch.tokens <= 3 * longest and len(batch.documents) <= 5 for batch in batches)
+    batches = pack_all(rows, max_tokens=3 * longest, share=False)
+    assert all(batch.tokens == batch.row_tokens <= 3 * longest for batch in batches)
+    assert 1 < len(batches) < len(rows)
     drawn = sorted(tuple(b.ids[0, s:e].tolist()) for b in batches for s, e in pairwise(b.documents.tolist()))
     assert drawn == sorted(tuple(row.ids) for row in rows)
-    alone = pack_all(rows, batch_size=4, max_tokens=1)
-    assert len(alone) == len(rows)
+    assert len(pack_all(rows, max_tokens=1, share=False)) == len(rows)
+
+
+def test_what_all_start_with_stands_once_and_every_conversation_is_whole(tiny_model: Path) -> None:
+    prompt = PromptFormat.load(tiny_model)
+    led = [conversation.with_system("You are a helpful bird.") for conversation in make_conversations(9)]
+    rows = encode_all(prompt, led, max_length=200, on_long="error").rows
+    shared = shared_start(rows)
+    assert shared > LEAST_SHARED and all(row.ids[:shared] == rows[0].ids[:shared] for row in rows)
+    assert len({row.ids[shared] for row in rows}) > 1
+    batches = pack_all(rows, max_tokens=150, share=True)
+    assert len(batches) > 1
+    found, labels = [], []
+    for batch in batches:
+        bounds = batch.documents.tolist()
+        assert bounds[0] == shared and batch.row_tokens <= 150
+        for start, end in pairwise(bounds):
+            places = [*range(shared), *range(start, end)]
+            found.append((batch.ids[0, places].tolist(), batch.positions[0, places].tolist()))
+        assert batch.ids[0, batch.scored + 1].tolist() == batch.labels.tolist()
+        labels += batch.labels.tolist()
+    assert sorted(ids for ids, _ in found) == sorted(row.ids for row in rows)
+    assert all(positions == list(range(len(ids))) for ids, positions in found)
+    assert sum(batch.tokens for batch in batches) == sum(len(row.ids) for row in rows)
+    expected = [i for row in rows for i, kept in zip(row.ids[1:], row.supervised[1:], strict=True) if kept]
+    assert sorted(labels) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("supervised_from", "expected"), [((30, 30), 20), ((12, 30), 11), ((30, 9), 8), ((5, 30), 0), ((1, 1), 0)]
+)
+def test_a_shared_start_ends_before_what_is_supervised(supervised_from: tuple[int, int], expected: int) -> None:
+    rows = [
+        Encoded([*range(20), *([tail] * 20)], [place >= first for place in range(40)])
+        for tail, first in zip((77, 88), supervised_from, strict=True)
+    ]
+    assert shared_start(rows) == expected
+    assert shared_start([rows[0], rows[0]]) == (supervised_from[0] - 1 if supervised_from[0] > 8 else 0)

@@ -16,7 +16,7 @@ from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune import attention, fast, linear, loss
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import document_attention
-from lorikeet.tune.batches import pack
+from lorikeet.tune.batches import pack, pack_all
 from lorikeet.tune.fast import FAMILIES, Scorer
 
 from ..conftest import make_conversations, make_model
@@ -25,24 +25,29 @@ CPU = torch.device("cpu")
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], window: int) -> torch.Tensor:
-    """Attention written out, one document at a time."""
-    parts = []
-    for start, end in itertools.pairwise(bounds):
-        place = torch.arange(end - start)
-        seen = place[:, None] >= place[None]
+    """Attention written out, one document at a time, the shared start among its keys."""
+    shared, parts = bounds[0], []
+    for start, end in itertools.pairwise([0, *bounds] if shared else bounds):
+        before = shared if start else 0
+        keys = torch.tensor([*range(before), *range(start, end)])
+        place = torch.arange(before + end - start)
+        seen = place[before:, None] >= place[None]
         if window:
-            seen &= place[:, None] - place[None] < window
-        some = (part[None, :, start:end] for part in (q, k, v))
+            seen &= place[before:, None] - place[None] < window
+        some = (q[None, :, start:end], k[None, :, keys], v[None, :, keys])
         parts.append(functional.scaled_dot_product_attention(*some, attn_mask=seen, enable_gqa=True)[0])
     return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("shared", [0, 9, 21])
 @pytest.mark.parametrize("lengths", [[1], [7, 1, 12], [33, 70, 16]])
-def test_attention_stays_inside_each_document(lengths: list[int], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_stays_inside_each_document(
+    lengths: list[int], shared: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks,
     monkeypatch.setattr(attention, "KEPT", 40)  # and some of these compute their weights again
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    bounds = torch.tensor([shared, *lengths]).cumsum(0)
     torch.manual_seed(0)
     q = torch.randn(6, int(bounds[-1]), 8, requires_grad=True)
     k, v = (torch.randn(2, int(bounds[-1]), 8, requires_grad=True) for _ in range(2))
@@ -98,7 +103,8 @@ def awaken(model: Any) -> None:
 
 
 def rows_of(folder: Path) -> list[Encoded]:
-    return encode_all(PromptFormat.load(folder), make_conversations(7), max_length=200, on_long="error").rows
+    led = [conversation.with_system("You are a helpful bird.") for conversation in make_conversations(7)]
+    return encode_all(PromptFormat.load(folder), led, max_length=200, on_long="error").rows
 
 
 def gradients(model: Any, total: torch.Tensor) -> list[torch.Tensor]:
@@ -106,8 +112,9 @@ def gradients(model: Any, total: torch.Tensor) -> list[torch.Tensor]:
     return [parameter.grad for parameter in trained_parameters(model).values() if parameter.grad is not None]
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_batch_scores_as_its_conversations_do_one_by_one(family: str, tmp_path: Path) -> None:
+def test_a_packed_batch_scores_as_its_conversations_do_one_by_one(family: str, share: bool, tmp_path: Path) -> None:
     """Loss and every gradient of the fast path, packed, equal those of the plain path on each conversation alone."""
     folder = make_model(tmp_path / "model", family=family)
     config = TuneConfig(lora_dropout=0.0)
@@ -119,7 +126,9 @@ def test_a_packed_batch_scores_as_its_conversations_do_one_by_one(family: str, t
         model.train()
     scorer = Scorer.build(quick, config, dtype=torch.float32)
     assert scorer.fast and scorer.plain == [] and scorer.masks is not None
-    ours = scorer.summed_loss(pack(rows))
+    (batch,) = pack_all(rows, max_tokens=1000, share=share)
+    assert bool(batch.documents[0]) == share
+    ours = scorer.summed_loss(batch)
     theirs = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row.ids])

@@ -1,17 +1,22 @@
 """Encoded conversations -> steps of packed micro-batches, in an order that depends on the seed alone.
 
-A micro-batch is one row: its conversations stand one after the other, positions restart at each, and `documents` says
-where, so that none sees another. There is no padding. It does not know the model.
+A micro-batch is one row: what all its conversations start with (a system prompt, most often) stands first and once, then
+the rest of each. Positions go on from there, and `documents` says where each rest is, so that no conversation sees
+another. There is no padding. It does not know the model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorikeet.prompt import Encoded
+
+LEAST_SHARED = 8
+"""A start of fewer tokens than this is not worth its own place in attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +32,18 @@ class Batch:
     labels: torch.Tensor
     """The tokens that follow those places, int64, shape (scored,)."""
     documents: torch.Tensor
-    """Where each conversation starts, and the end of the row, int64, shape (conversations + 1,), always on the CPU."""
+    """Where each conversation's own part starts, and the end of the row, int64, shape (conversations + 1,), always on the
+    CPU. What lies before the first of them is the start of every conversation."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in the row, a shared start once."""
+        return self.ids.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens in the row."""
-        return self.ids.shape[1]
+        """Tokens of the conversations, each with its start."""
+        return self.row_tokens + (len(self.documents) - 2) * int(self.documents[0])
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
@@ -40,38 +51,45 @@ class Batch:
         return Batch(ids, positions, scored, labels, self.documents)
 
 
-def pack(rows: Sequence[Encoded]) -> Batch:
-    """Return one packed row of whole conversations."""
-    ids: list[int] = []
-    positions: list[int] = []
-    scored: list[int] = []
-    bounds = [0]
+def shared_start(rows: Sequence[Encoded]) -> int:
+    """Return how many tokens all rows start with, none supervised or followed by one that is; 0 if it is not worth it."""
+    first, last = min(row.ids for row in rows), max(row.ids for row in rows)
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    found = min(alike, *(row.supervised.index(True) - 1 for row in rows))
+    return found if found >= LEAST_SHARED else 0
+
+
+def pack(rows: Sequence[Encoded], *, shared: int = 0) -> Batch:
+    """Return one packed row of whole conversations, whose first `shared` tokens are the same and stand in it once."""
+    ids, positions, scored, bounds = rows[0].ids[:shared], list(range(shared)), list[int](), [shared]
     for row in rows:
-        start = len(ids)
-        ids += row.ids
-        positions += range(len(row.ids))
-        scored += [start + place - 1 for place in range(1, len(row.ids)) if row.supervised[place]]
+        offset = len(ids) - shared
+        ids = ids + row.ids[shared:]
+        positions += range(shared, len(row.ids))
+        scored += [offset + place - 1 for place in range(1, len(row.ids)) if row.supervised[place]]
         bounds.append(len(ids))
     token_ids = torch.tensor([ids])
     places = torch.tensor(scored)
     return Batch(token_ids, torch.tensor([positions]), places, token_ids[0, places + 1], torch.tensor(bounds))
 
 
-def pack_all(rows: Sequence[Encoded], *, batch_size: int, max_tokens: int) -> list[Batch]:
-    """Return the rows, shortest first, in micro-batches of at most `batch_size` conversations and `max_tokens` tokens.
+def pack_all(rows: Sequence[Encoded], *, max_tokens: int, share: bool) -> list[Batch]:
+    """Return the rows, shortest first, in micro-batches of at most `max_tokens` tokens.
 
-    A single conversation may be longer than `max_tokens`. How rows are put together changes no sum over them, only the
-    memory that the largest micro-batch takes.
+    A single conversation may be longer than `max_tokens`. `share` holds the start that all rows have in common once in a
+    micro-batch. How rows are put together changes no sum over them, only the memory that the largest micro-batch takes
+    and that dropout is drawn once for a shared start.
     """
+    shared = shared_start(rows) if share and len(rows) > 1 else 0
     groups: list[list[Encoded]] = []
     tokens = 0
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if not groups or len(groups[-1]) == batch_size or tokens + len(row.ids) > max_tokens:
+        if not groups or tokens + len(row.ids) - shared > max_tokens:
             groups.append([])
-            tokens = 0
+            tokens = shared
         groups[-1].append(row)
-        tokens += len(row.ids)
-    return [pack(group) for group in groups]
+        tokens += len(row.ids) - shared
+    return [pack(group, shared=shared) for group in groups]
 
 
 def count_steps(rows: int, *, conversations_per_step: int, epochs: float) -> int:
@@ -80,20 +98,13 @@ def count_steps(rows: int, *, conversations_per_step: int, epochs: float) -> int
 
 
 def steps(
-    rows: Sequence[Encoded], *, batch_size: int, accumulation: int, max_tokens: int, seed: int, first_step: int = 0
+    rows: Sequence[Encoded], *, per_step: int, max_tokens: int, share: bool, seed: int, first_step: int = 0
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each step without end, from step `first_step`, a new random order every pass."""
-    per_step = batch_size * accumulation
     per_pass = -(-len(rows) // per_step)
-    for step in _count_from(first_step):
+    for step in itertools.count(first_step):
         pass_number, place = divmod(step, per_pass)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + pass_number)
         order = torch.randperm(len(rows), generator=generator).tolist()
         chosen = [rows[i] for i in order[place * per_step : (place + 1) * per_step]]
-        yield pack_all(chosen, batch_size=batch_size, max_tokens=max_tokens)
-
-
-def _count_from(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1
+        yield pack_all(chosen, max_tokens=max_tokens, share=share)

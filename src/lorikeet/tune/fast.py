@@ -101,7 +101,7 @@ class Scorer:
     def start_step(self, batches: Sequence[Batch]) -> None:
         """Draw new dropout for the micro-batches of a step."""
         if self.masks is not None:
-            self.masks.draw(max(b.tokens for b in batches), dtype=self.dtype, device=batches[0].ids.device)
+            self.masks.draw(max(b.row_tokens for b in batches), dtype=self.dtype, device=batches[0].ids.device)
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch], *, device: torch.device) -> float:

@@ -150,7 +150,7 @@ def measure(
     """
     device = next(scorer.model.parameters()).device
     per_step = config.batch_size * config.gradient_accumulation_steps
-    typical = pack_all(rows[: per_step * PROBES], batch_size=config.batch_size, max_tokens=config.max_length)
+    typical = pack_all(rows[: per_step * PROBES], max_tokens=config.max_length, share=scorer.fast)
     batches = [batch.to(device) for batch in typical[len(typical) // 2 :][:PROBES]]
     batches = (batches * PROBES)[:PROBES]
     parameters = trained_parameters(scorer.model)
@@ -171,9 +171,9 @@ def measure(
     # Forward alone takes about a third of a step.
     total_s = steps * tokens_per_step / rate + validations * validation_tokens / (3 * rate)
     lengths = sorted((len(row.ids) for row in rows), reverse=True)
-    largest = max(lengths[0], min(config.max_length, sum(lengths[: config.batch_size])))
+    largest = max(lengths[0], min(config.max_length, sum(lengths[:per_step])))
     text = scorer.model.config
-    each = kept / batches[0].tokens
+    each = kept / batches[0].row_tokens
     layers = int(text.num_hidden_layers)
     recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
     weights = sum(parameter.numel() for parameter in parameters.values())

@@ -81,7 +81,7 @@ class SharedInput:
         b = torch.block_diag(*parts).to(x.dtype)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         drops = bool(self.masks.probability) and self.layers[0].training
         pool = self.masks.pool if drops else None
-        y, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place)
+        y, _, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place)
         return torch.split(y.view(*x.shape[:-1], -1), self.sizes, -1)
 
 
@@ -105,26 +105,34 @@ def _product(
     b: torch.Tensor,
     pool: torch.Tensor | None,
     place: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x @ weight^T + bias + (x * mask) @ a^T @ b^T, and (x * mask) @ a^T; the mask is that of `pool` at `place`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x @ weight^T + bias + (x * mask) @ a^T @ b^T, (x * mask) @ a^T, and x * mask.
 
-    Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
+    The mask is that of `pool` at `place`; without a pool there is none, and the third is empty. Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
     """
-    inner = (x if pool is None else x * window(pool, place, x)) @ a.t()
-    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner
+    masked = x.new_empty(0) if pool is None else x * window(pool, place, x)
+    inner = (x if pool is None else masked) @ a.t()
+    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner, masked
 
 
 @_product.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, a: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    _bias: torch.Tensor | None,
+    a: torch.Tensor,
+    _b: torch.Tensor,
+    pool: torch.Tensor | None,
+    _place: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    masked = x.new_empty(0) if pool is None else torch.empty_like(x)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0]), masked
 
 
 @torch.library.custom_op("lorikeet::lora_product_backward", mutates_args=())
 def _backward(
     upper: torch.Tensor,
-    x: torch.Tensor,
+    masked: torch.Tensor,
     inner: torch.Tensor,
     weight: torch.Tensor,
     a: torch.Tensor,
@@ -132,37 +140,37 @@ def _backward(
     pool: torch.Tensor | None,
     place: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, a and b."""
+    """Return the gradients of x, a and b; `masked` is x * mask, or x where there is no mask."""
     d_inner = upper @ b
     d_x = upper @ weight
     if pool is None:
         d_x.addmm_(d_inner, a)
-        return d_x, d_inner.t() @ x, upper.t() @ inner
-    mask = window(pool, place, x)
-    d_x.addcmul_(d_inner @ a, mask)
-    return d_x, d_inner.t() @ (x * mask), upper.t() @ inner
+    else:
+        d_x.addcmul_(d_inner @ a, window(pool, place, masked))
+    return d_x, d_inner.t() @ masked, upper.t() @ inner
 
 
 @_backward.register_fake
 def _(
     _upper: torch.Tensor,
-    x: torch.Tensor,
+    masked: torch.Tensor,
     _inner: torch.Tensor,
     _weight: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
+    return torch.empty_like(masked), torch.empty_like(a), torch.empty_like(b)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     x, weight, _, a, b, pool, place = inputs
-    ctx.save_for_backward(x, output[1], weight, a, b, pool, place)
+    _, inner, masked = output
+    ctx.save_for_backward(x if pool is None else masked, inner, weight, a, b, pool, place)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, upper: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, upper: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
     d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors)
     return d_x, None, None, d_a, d_b, None, None
 

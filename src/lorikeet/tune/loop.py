@@ -34,7 +34,7 @@ from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted, MachineError
 from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
 from lorikeet.messages import Conversation
-from lorikeet.prompt import PromptFormat, freeze_dates
+from lorikeet.prompt import Encoded, PromptFormat, freeze_dates
 from lorikeet.run import RunFolder, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import apply_lora, load_base, pick_device, pick_dtype, save_adapter, trained_parameters
@@ -82,8 +82,8 @@ class Prepared:
     """What the loop needs, and nothing read again."""
 
     prompt: PromptFormat
-    train: list[Any]
-    validation: list[Batch]
+    train: list[Encoded]
+    validation: list[Encoded]
     base_folder: Path
     frozen: date
     """The date that the template inserts, where it inserts one."""
@@ -218,7 +218,6 @@ def _prepare(config: TuneConfig, inputs: Inputs, frozen: date) -> tuple[Prepared
             f"{train.dropped} left out{f': {why}' if why else ''}; see: lorikeet inspect {config.data}"
         )
     _say(f"{train.tokens} tokens to train on, {train.supervised_tokens / train.tokens:.0%} of them supervised")
-    batches = pack_all(validation.rows, batch_size=config.batch_size, max_tokens=config.max_length)
     counts = {
         "train": len(train.rows),
         "validation": len(validation.rows),
@@ -228,7 +227,7 @@ def _prepare(config: TuneConfig, inputs: Inputs, frozen: date) -> tuple[Prepared
         "train_tokens": train.tokens,
         "supervised_tokens": train.supervised_tokens,
     }
-    return Prepared(inputs.prompt, train.rows, batches, inputs.base_folder, frozen), counts
+    return Prepared(inputs.prompt, train.rows, validation.rows, inputs.base_folder, frozen), counts
 
 
 def _encode(config: TuneConfig, inputs: Inputs, part: list[Conversation]) -> Encoding:
@@ -275,9 +274,10 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
 
     per_step = config.batch_size * config.gradient_accumulation_steps
     total = config.max_steps or count_steps(len(prepared.train), conversations_per_step=per_step, epochs=config.epochs)
+    validation = pack_all(prepared.validation, max_tokens=config.max_length, share=scorer.fast)
     newest = checkpoint.latest(run)
     if not newest:
-        validation_tokens = sum(batch.tokens for batch in prepared.validation)
+        validation_tokens = sum(batch.tokens for batch in validation)
         forecast = measure(scorer, prepared.train, config, steps=total, validation_tokens=validation_tokens)
         _say(forecast.sentence(config))
         forecast.require(config, run.root)
@@ -293,7 +293,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
         _keep_metrics_until(run, -1)
         state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
         before = time.monotonic()
-        state, _ = _validate(run, state, scorer, prepared.validation, device)
+        state, _ = _validate(run, state, scorer, validation, device)
         spent = time.monotonic() - before
         state = replace(state, elapsed_s=spent, validation_s=spent)
         checkpoint.save(run, state, parameters, optimizer, scaler)
@@ -301,9 +301,9 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
 
     stream = steps(
         prepared.train,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        per_step=per_step,
         max_tokens=config.max_length,
+        share=scorer.fast,
         seed=config.seed,
         first_step=state.step,
     )
@@ -352,7 +352,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             if config.max_minutes and state.step == FITTED_AT:
                 state = _fit(config, state, [*run.metrics(), row])
             if _is_done(config, state) or state.step % config.eval_steps == 0:
-                state, row["val_loss"] = _validate(run, state, scorer, prepared.validation, device, row=row)
+                state, row["val_loss"] = _validate(run, state, scorer, validation, device, row=row)
                 state = replace(state, elapsed_s=time.monotonic() - began)
             else:
                 run.append_metrics(row)
