@@ -1,6 +1,6 @@
 """LoRA on two CPU cores: Lorikeet beside TRL + PEFT, in one run, on the same conversations in the same order.
 
-    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 10] [--json PATH]
+    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 10] [--json PATH]     # about half an hour
 
 Every configuration runs in a process of its own: the recipe (r 16, alpha 16, dropout 0.05, seven projections, 4 x 2
 conversations a step, learning rate 3e-4) on SmolLM2-135M. TRL's configurations are swept and its fastest is the one to
@@ -26,16 +26,24 @@ from report import SHARED, stamp, table
 
 DATA = SHARED / "chat" / "instruct-2k.jsonl"
 BATCH, ACCUMULATION, RATE = 4, 2, 3e-4
-OURS = "lorikeet"
+BEST = "Lorikeet"
+OURS = {
+    BEST: {"compiled": True, "share": True},
+    "Lorikeet, not compiled": {"compiled": False, "share": True},
+    "Lorikeet, nothing shared": {"compiled": True, "share": False},
+}
+"""Lorikeet as it is, as it is in short runs or without a compiler, and as if no conversation began as another does."""
 TRL = {
     "fp32, padded": {},
     "fp32, grouped by length": {"group": True},
     "fp32, packed": {"packing": True},
+    "fp32, padding-free": {"padding_free": True},
     "fp32, compiled": {"torch_compile": True},
+    "fp32, packed, compiled": {"packing": True, "torch_compile": True},
     "bf16 weights, padded": {"bf16": True},
     "bf16 weights, packed": {"bf16": True, "packing": True},
-    "bf16 weights, compiled": {"bf16": True, "torch_compile": True},
-    "bf16 autocast, padded": {"autocast": True},
+    "bf16 weights, packed, compiled": {"bf16": True, "packing": True, "torch_compile": True},
+    "bf16 autocast, packed": {"autocast": True, "packing": True},
 }
 """TRL's configurations; `bf16` loads the weights in it, `autocast` is what the trainer's bf16 flag does."""
 
@@ -73,11 +81,13 @@ def gemm_rate(seconds: float = 3.0) -> float:
 
 
 def flops_per_token(rows: list[list[Any]]) -> float:
-    """Return the floating-point operations that a token of `rows` asks for: those of matrix products alone.
+    """Return the floating-point operations of matrix products that Lorikeet executes for a token of `rows`.
 
-    Frozen weights are multiplied twice (forward, and backward for the input), the adapter's three times, the head
+    What the conversations of a step start with is counted once, as it is computed once. Frozen weights are multiplied twice (forward, and backward for the input), the adapter's three times, the head
     twice where a token is supervised, attention's four products of each document six times over, halved as causal.
     """
+    from lorikeet.tune.batches import shared_start
+
     hidden, inner, layers, keys, vocabulary, rank = 576, 1536, 30, 192, 49152, 16
     shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
     shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
@@ -85,11 +95,14 @@ def flops_per_token(rows: list[list[Any]]) -> float:
     adapter = layers * rank * sum(a + b for a, b in shapes)
     every = [row for step in rows for row in step]
     tokens, supervised = sum(len(r.ids) for r in every), sum(r.supervised_tokens for r in every)
-    attention = layers * hidden * sum(len(r.ids) ** 2 for r in every) / tokens / 2
-    return 2 * (2 * frozen + 3 * adapter + 2 * hidden * vocabulary * supervised / tokens + 6 * attention)
+    skipped = sum((len(step) - 1) * shared_start(step) for step in rows)
+    again = sum((len(step) - 1) * shared_start(step) ** 2 for step in rows)
+    attention = layers * hidden * (sum(len(r.ids) ** 2 for r in every) - again) / tokens / 2
+    per_token = (2 * frozen + 3 * adapter) * (1 - skipped / tokens)
+    return 2 * (per_token + 2 * hidden * vocabulary * supervised / tokens + 6 * attention)
 
 
-def ours(rows: list[list[Any]], *, compiled: bool) -> tuple[list[float], list[float]]:
+def ours(rows: list[list[Any]], *, compiled: bool, share: bool) -> tuple[list[float], list[float]]:
     """Return the loss and the seconds of every step of Lorikeet's parts, put together as its loop does."""
     import torch
 
@@ -114,7 +127,7 @@ def ours(rows: list[list[Any]], *, compiled: bool) -> tuple[list[float], list[fl
     losses, seconds = [], []
     for step in rows:
         began = time.perf_counter()
-        batches = pack_all(step, max_tokens=config.max_length, share=True)
+        batches = pack_all(step, max_tokens=config.max_length, share=share)
         supervised = sum(len(batch.labels) for batch in batches)
         total = 0.0
         scorer.start_step(batches)
@@ -131,8 +144,8 @@ def ours(rows: list[list[Any]], *, compiled: bool) -> tuple[list[float], list[fl
     return losses, seconds
 
 
-def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple[list[float], list[float]]:
-    """Return the loss and the seconds of every step of TRL's trainer."""
+def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple[list[float], list[float], list[int]]:
+    """Return the loss, the seconds and the tokens of every step of TRL's trainer."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -150,10 +163,13 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
     data = Dataset.from_list(
         [{"input_ids": list(row.ids), "completion_mask": [int(kept) for kept in row.supervised]} for row in flat]
     )
+    per_step = BATCH * ACCUMULATION
+    together = {"packing": 1, "padding_free": per_step}  # packing counts windows, of as many tokens as a step has
+    batch = next((count for name, count in together.items() if setting.get(name)), BATCH)
     config = SFTConfig(
         output_dir=folder,
-        per_device_train_batch_size=1 if setting.get("packing") else BATCH,
-        gradient_accumulation_steps=1 if setting.get("packing") else ACCUMULATION,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=ACCUMULATION if batch == BATCH else 1,
         max_length=sum(len(row.ids) for step in rows for row in step) // len(rows) if setting.get("packing") else 2048,
         max_steps=len(rows),
         learning_rate=RATE,
@@ -164,6 +180,7 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
         use_cpu=True,
         bf16=bool(setting.get("autocast")),
         packing=bool(setting.get("packing")),
+        padding_free=bool(setting.get("padding_free")),
         torch_compile=bool(setting.get("torch_compile")),
         gradient_checkpointing=False,
         completion_only_loss=True,
@@ -197,8 +214,9 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()]
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, [b - a for a, b in itertools.pairwise(ends)]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = [b - a for a, b in itertools.pairwise([0, *(int(entry["num_tokens"]) for entry in logged)])]
+    return [entry["loss"] for entry in logged], [b - a for a, b in itertools.pairwise(ends)], tokens
 
 
 def child(name: str, steps: int) -> None:
@@ -207,16 +225,15 @@ def child(name: str, steps: int) -> None:
     from lorikeet.run import resident_bytes
 
     rows = encoded(steps)
-    with tempfile.TemporaryDirectory() as folder:
-        losses, seconds = (
-            ours(rows, compiled=name == OURS) if name.startswith(OURS) else theirs(rows, TRL[name], folder)
-        )
     tokens = [sum(len(row.ids) for row in step) for step in rows]
-    # TRL packs the same conversations into full windows: their steps are even, and as many tokens pass in each.
-    seen = sum(tokens) / len(tokens) * (len(seconds) - 1) if TRL.get(name, {}).get("packing") else sum(tokens[1:])
+    if name in OURS:
+        losses, seconds = ours(rows, **OURS[name])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            losses, seconds, tokens = theirs(rows, TRL[name], folder)
     result = {
         "losses": losses,
-        "tokens_per_s": seen / sum(seconds[1:]),
+        "tokens_per_s": sum(tokens[1:]) / sum(seconds[1:]),
         "peak_bytes": resident_bytes(peak=True),
         "flops_per_token": flops_per_token(rows),
     }
@@ -254,32 +271,33 @@ def main() -> None:
         child(options.child, options.steps)
         return
     rate = gemm_rate()
-    first = measure(OURS, options.curve)
-    plain = measure(f"{OURS}, not compiled", options.curve)
+    mine = {name: measure(name, options.curve) for name in OURS}
     swept = {name: result for name in TRL if (result := measure(name, options.steps))}
     fastest = max(swept, key=lambda name: swept[name]["tokens_per_s"])
-    curve = measure(fastest, options.curve)
-    second = measure(OURS, options.curve)
+    again = measure(fastest, options.curve)
+    # Packing puts other conversations into a step; losses are compared where both see the same ones.
+    alike = max((n for n in swept if not TRL[n].get("packing")), key=lambda name: swept[name]["tokens_per_s"])
+    curve = again if alike == fastest else measure(alike, options.curve)
+    first, second = mine[BEST], measure(BEST, options.curve)
     rate = max(rate, gemm_rate())
     # The machine is shared: each side's better run of the same length counts.
-    mine = max((first, second), key=lambda result: result["tokens_per_s"])
-    trl = max(curve["tokens_per_s"], swept[fastest]["tokens_per_s"])
+    mine[BEST] = best = max((first, second), key=lambda result: result["tokens_per_s"])
+    trl = max(again["tokens_per_s"], swept[fastest]["tokens_per_s"])
     result = {
-        "ours_tokens_per_s": mine["tokens_per_s"],
+        "ours_tokens_per_s": best["tokens_per_s"],
         "trl_tokens_per_s": trl,
-        "ratio": mine["tokens_per_s"] / trl,
+        "ratio": best["tokens_per_s"] / trl,
         "ours_peak_bytes": max(first["peak_bytes"], second["peak_bytes"]),
-        "trl_peak_bytes": min(curve["peak_bytes"], swept[fastest]["peak_bytes"]),
-        "gemm_fraction": mine["tokens_per_s"] * mine["flops_per_token"] / rate,
+        "trl_peak_bytes": min(again["peak_bytes"], swept[fastest]["peak_bytes"]),
+        "gemm_fraction": best["tokens_per_s"] * best["flops_per_token"] / rate,
         "gemm_flops_per_s": rate,
-        "flops_per_token": mine["flops_per_token"],
-        "ours_not_compiled": {k: v for k, v in plain.items() if k != "losses"},
+        "flops_per_token": best["flops_per_token"],
+        "ours": {name: {k: v for k, v in r.items() if k != "losses"} for name, r in mine.items()},
         "trl_fastest": fastest,
         "trl": {name: {k: v for k, v in r.items() if k != "losses"} for name, r in swept.items()},
-        "losses": {OURS: mine["losses"], fastest: curve["losses"]},
+        "losses": {BEST: best["losses"], alike: curve["losses"]},
     }
-    rows = [("Lorikeet", f"{result['ours_tokens_per_s']:.0f}", f"{result['ours_peak_bytes'] / 1e9:.1f}")]
-    rows += [("Lorikeet, not compiled", f"{plain['tokens_per_s']:.0f}", f"{plain['peak_bytes'] / 1e9:.1f}")]
+    rows = [(n, f"{r['tokens_per_s']:.0f}", f"{r['peak_bytes'] / 1e9:.1f}") for n, r in mine.items()]
     rows += [(f"TRL, {n}", f"{r['tokens_per_s']:.0f}", f"{r['peak_bytes'] / 1e9:.1f}") for n, r in swept.items()]
     print("\n" + table(("What", "tokens/s", "GB at most"), rows))
     print(
@@ -288,10 +306,10 @@ def main() -> None:
     print(
         "\n"
         + table(
-            ("Step", "Lorikeet", "TRL"),
+            ("Step", "Lorikeet", f"TRL, {alike}"),
             [
                 (str(n), f"{a:.4f}", f"{b:.4f}")
-                for n, (a, b) in enumerate(zip(mine["losses"], curve["losses"], strict=False), start=1)
+                for n, (a, b) in enumerate(zip(best["losses"], curve["losses"], strict=False), start=1)
             ],
         )
     )

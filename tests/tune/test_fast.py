@@ -51,7 +51,7 @@ def test_attention_stays_inside_each_document(
     torch.manual_seed(0)
     q = torch.randn(6, int(bounds[-1]), 8, requires_grad=True)
     k, v = (torch.randn(2, int(bounds[-1]), 8, requires_grad=True) for _ in range(2))
-    ours = document_attention(q, k, v, bounds, 8**-0.5, window)
+    ours = document_attention(q, k, v, bounds, attention.weights_kept(bounds), 8**-0.5, window)
     theirs = reference(q, k, v, bounds.tolist(), window)
     assert torch.allclose(ours, theirs, atol=1e-6)
     upper = torch.randn_like(ours)
@@ -65,7 +65,9 @@ def test_attention_is_a_well_formed_operator() -> None:
     bounds = torch.tensor([0, 5, 9])
     q, k, v = (torch.randn(heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention._forward, (q, k, v, bounds, 0.3, 0, 8), test_utils=checks)
+    torch.library.opcheck(
+        attention._forward, (q, k, v, bounds, attention.weights_kept(bounds), 0.3, 0), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize("count", [1, 8, 300])

@@ -1,7 +1,7 @@
 """Causal attention inside each document of a packed row, and nowhere else.
 
     name = use_document_attention(model)
-    model(input_ids=ids, position_ids=positions, documents=batch.documents, use_cache=False)
+    model(input_ids=ids, position_ids=positions, documents=bounds, room=weights_kept(bounds), use_cache=False)
 
 A packed row holds documents one after the other; `documents` holds their bounds. What lies before the first of them is
 the start of them all: each document sees it as its own, and it is computed once. Work and memory grow with the sum of the
@@ -51,13 +51,14 @@ def _attend(
     _mask: torch.Tensor | None,
     *,
     documents: torch.Tensor,
+    room: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return what transformers asks of an attention: (1, tokens, heads, head size), and no weights."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = document_attention(query[0], key[0], value[0], documents, scale, sliding_window or 0)
+    out = document_attention(query[0], key[0], value[0], documents, room, scale, sliding_window or 0)
     return out.transpose(0, 1).unsqueeze(0), None
 
 
@@ -90,7 +91,7 @@ class _Block(NamedTuple):
             total[:, self.head] += part[:, :count]
 
 
-def _blocks(documents: torch.Tensor, window: int, most: int) -> Iterator[_Block]:
+def _blocks(documents: torch.Tensor, window: int) -> Iterator[_Block]:
     """Yield the blocks of the shared start, if there is one, then those of every document."""
     bounds = documents.tolist()
     shared = bounds[0]
@@ -101,7 +102,12 @@ def _blocks(documents: torch.Tensor, window: int, most: int) -> Iterator[_Block]
             last = min(first + BLOCK, end)
             lowest = max(0, before + first - start - window + 1) if window else 0
             head, own = slice(min(lowest, before), before), slice(start + max(0, lowest - before), last)
-            yield _Block(head, own, slice(first, last), before + end - start <= most)
+            yield _Block(head, own, slice(first, last), before + end - start <= KEPT)
+
+
+def weights_kept(documents: torch.Tensor) -> int:
+    """Return how many attention weights a head keeps for the backward pass, at most."""
+    return sum(queries * keys for queries, keys in (block.shape for block in _blocks(documents, 0) if block.keeps))
 
 
 @lru_cache(maxsize=32)
@@ -137,33 +143,32 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     documents: torch.Tensor,
+    room: int,
     scale: float,
     window: int,
-    most: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attention and, one after the other, the weights of the documents of at most `most` tokens.
-
-    `most` is an argument because a compiled graph that is found in a cache is known by its arguments alone.
-    """
+    """Return the attention and, one after the other, the weights that are kept: `room` of them for each head, at most."""
     groups = query.shape[0] // key.shape[0]
     out = torch.empty_like(query)
-    kept = query.new_empty(query.shape[0] * query.shape[1] * most)  # room for any; what is not written takes no memory
+    kept = query.new_empty(query.shape[0] * room)
     place = 0
-    for block in _blocks(documents, window, most):
+    for block in _blocks(documents, window):
         q = _stacked(query[:, block.queries], groups)
         queries, keys = block.shape
-        room = None
+        target = None
         if block.keeps:
-            room = kept[place : place + query.shape[0] * queries * keys]
-            place += room.numel()
-        weights = _softmax(q, block.pick(key), scale, groups, window, room)
+            target = kept[place : place + query.shape[0] * queries * keys]
+            place += target.numel()
+        weights = _softmax(q, block.pick(key), scale, groups, window, target)
         out[:, block.queries] = torch.bmm(weights, block.pick(value)).view(query.shape[0], queries, -1)
     return out, kept
 
 
 @_forward.register_fake
-def _(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[0] * query.shape[1] * others[-1])
+def _(
+    query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor, _documents: torch.Tensor, room: int, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[0] * room)
 
 
 @torch.library.custom_op("lorikeet::document_attention_backward", mutates_args=())
@@ -176,13 +181,12 @@ def _backward(
     kept: torch.Tensor,
     scale: float,
     window: int,
-    most: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value."""
     heads, groups = query.shape[0], query.shape[0] // key.shape[0]
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     place = 0
-    for block in _blocks(documents, window, most):
+    for block in _blocks(documents, window):
         queries, keys = block.shape
         q, k, v = _stacked(query[:, block.queries], groups), block.pick(key), block.pick(value)
         upper = _stacked(grad[:, block.queries], groups)
@@ -206,7 +210,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, documents, ctx.scale, ctx.window, ctx.most = inputs
+    query, key, value, documents, _, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(query, key, value, documents, output[1])
     ctx.set_materialize_grads(False)
 
@@ -214,7 +218,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _differentiate(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     query, key, value, documents, kept = ctx.saved_tensors
     return (
-        *_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window, ctx.most),
+        *_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window),
         None,
         None,
         None,
@@ -226,13 +230,19 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor, scale: float, window: int = 0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor,
+    room: int,
+    scale: float,
+    window: int = 0,
 ) -> torch.Tensor:
     """Return softmax(scale * query @ key^T) @ value, causal, inside each document.
 
     `query` is (heads, tokens, head size), `key` and `value` (key heads, tokens, head size); heads is a multiple of key
     heads. `documents`, int64 on the CPU, shape (documents + 1,), holds where each starts, and the end; what lies before
-    the first is the start of each. `window` is how many keys a query sees, 0 for all. The result has the shape and type of `query`.
+    the first is the start of each. `room` is `weights_kept(documents)`. `window` is how many keys a query sees, 0 for all. The result has the shape and type of `query`.
     """
-    out: torch.Tensor = _forward(query, key, value, documents, scale, window, KEPT)[0]
+    out: torch.Tensor = _forward(query, key, value, documents, room, scale, window)[0]
     return out

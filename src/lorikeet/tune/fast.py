@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from lorikeet.config import TuneConfig
-from lorikeet.tune.attention import use_document_attention
+from lorikeet.tune.attention import use_document_attention, weights_kept
 from lorikeet.tune.batches import Batch
 from lorikeet.tune.linear import Masks, fuse_linears
 from lorikeet.tune.loss import chunked_loss
@@ -94,7 +94,8 @@ class Scorer:
             if not self.fast:
                 logits = self.model(**given, logits_to_keep=batch.scored).logits[0]
                 return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            hidden = base.get_decoder()(**given, documents=batch.documents).last_hidden_state[0, batch.scored]
+            given |= {"documents": batch.documents, "room": weights_kept(batch.documents)}
+            hidden = base.get_decoder()(**given).last_hidden_state[0, batch.scored]
         head = base.get_output_embeddings().weight
         return chunked_loss(hidden.to(head.dtype), head, batch.labels)
 

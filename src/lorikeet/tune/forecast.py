@@ -194,7 +194,7 @@ def _kept_bytes(scorer: Scorer, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is kept as it is would hold its own graph, which then is never freed
 
     def give(tensor: Any) -> Any:
         return tensor
