@@ -86,7 +86,7 @@ def flops_per_token(rows: list[list[Any]]) -> float:
     What the conversations of a step start with is counted once, as it is computed once. Frozen weights are multiplied twice (forward, and backward for the input), the adapter's three times, the head
     twice where a token is supervised, attention's four products of each document six times over, halved as causal.
     """
-    from lorikeet.tune.batches import shared_start
+    from lorikeet.data.encode import shared_start
 
     hidden, inner, layers, keys, vocabulary, rank = 576, 1536, 30, 192, 49152, 16
     shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]

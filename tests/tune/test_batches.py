@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
-from lorikeet.data.encode import encode_all
+from lorikeet.data.encode import LEAST_SHARED, encode_all, shared_start
 from lorikeet.errors import InputError
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import LEAST_SHARED, count_steps, pack, pack_all, shared_start, steps
+from lorikeet.tune.batches import count_steps, pack, pack_all, steps
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations

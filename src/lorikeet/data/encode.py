@@ -7,6 +7,7 @@ Tuning trains on these rows and `inspect` shows them: one rule for both.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from lorikeet.prompt import Encoded, PromptFormat
 
 SHOWN_FROM = 2000
 """Encoding shows its progress from this many conversations: a thousand take about a second."""
+
+LEAST_SHARED = 8
+"""A start of fewer tokens than this is not worth computing apart."""
 
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no supervised token within max_length"
@@ -108,3 +112,11 @@ def encode_all(
         rows.append(row)
         kept.append(place)
     return Encoding(rows, kept, truncated, cut_tokens, left_out)
+
+
+def shared_start(rows: Sequence[Encoded]) -> int:
+    """Return how many tokens all rows start with, none supervised or followed by one that is; 0 if it is not worth it."""
+    first, last = min(row.ids for row in rows), max(row.ids for row in rows)
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    found = min(alike, *(row.supervised.index(True) - 1 for row in rows))
+    return found if found >= LEAST_SHARED else 0

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, deduplicate, split
-from lorikeet.data.encode import Encoding, encode_all
+from lorikeet.data.encode import Encoding, encode_all, shared_start
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.data.near import THRESHOLD, NearIndex
 from lorikeet.errors import InputError
@@ -225,13 +225,14 @@ def _tokens(encoding: Encoding) -> dict[str, Any]:
     """Return the lengths of the rows as they would be trained on."""
     lengths = sorted(len(row.ids) for row in encoding.rows)
     if not lengths:
-        return {"total": 0, "supervised": 0, "share_supervised": 0.0, "histogram": []}
+        return {"total": 0, "supervised": 0, "share_supervised": 0.0, "shared_start": 0, "histogram": []}
     width = max(1, -(-lengths[-1] // BUCKETS))
     counts = Counter((length - 1) // width for length in lengths)
     return {
         "total": encoding.tokens,
         "supervised": encoding.supervised_tokens,
         "share_supervised": encoding.supervised_tokens / encoding.tokens,
+        "shared_start": shared_start(encoding.rows),
         **{name: lengths[int(at * (len(lengths) - 1))] for name, at in QUANTILES.items()},
         "histogram": [
             {"from": bucket * width + 1, "to": (bucket + 1) * width, "conversations": counts[bucket]}
@@ -310,6 +311,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str, bool]]:
         rows.append((f"prompts of {Path(overlap['file']).name} in it", f"{found} of {overlap['prompts']}", found > 0))
     rows += [
         ("tokens", f"{tokens['total']}, {tokens['share_supervised']:.0%} of them supervised", not tokens["supervised"]),
+        ("all start with the same", f"{tokens['shared_start']} tokens, computed once in a step", False),
         (
             f"truncated to {report['max_length']} tokens",
             f"{truncated['conversations']} ({truncated['tokens']} tokens cut)",

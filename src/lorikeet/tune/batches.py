@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorikeet.data.encode import shared_start
 from lorikeet.prompt import Encoded
-
-LEAST_SHARED = 8
-"""A start of fewer tokens than this is not worth its own place in attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +47,6 @@ class Batch:
         """Return the batch on `device`."""
         ids, positions, scored, labels = (p.to(device) for p in (self.ids, self.positions, self.scored, self.labels))
         return Batch(ids, positions, scored, labels, self.documents)
-
-
-def shared_start(rows: Sequence[Encoded]) -> int:
-    """Return how many tokens all rows start with, none supervised or followed by one that is; 0 if it is not worth it."""
-    first, last = min(row.ids for row in rows), max(row.ids for row in rows)
-    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    found = min(alike, *(row.supervised.index(True) - 1 for row in rows))
-    return found if found >= LEAST_SHARED else 0
 
 
 def pack(rows: Sequence[Encoded], *, shared: int = 0) -> Batch:

@@ -3,8 +3,8 @@
     tune(config, out=Path("runs/mine"))
     resume(Path("runs/mine"))
 
-It writes the run folder: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `data/heldout.jsonl` (for `prove`)
-and `reports/loss.png`. Interrupted, it writes a checkpoint and says how to go on.
+It writes the run folder: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `data/heldout.jsonl` (for `prove`),
+`reports/inspect.html` and `reports/loss.png`. Interrupted, it writes a checkpoint and says how to go on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.text import Text
 from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all
+from lorikeet.data.inspect import inspect_data, write_page
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted, MachineError
 from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
@@ -59,6 +60,9 @@ COMPILE_FROM_S = 600
 
 PLOT_WIDTH, PLOT_HEIGHT = 60, 6
 """Characters of the plot of the loss in a terminal."""
+
+INSPECTED = 5000
+"""Data of up to so many conversations is inspected in passing: two thousand take some seconds."""
 
 HELDOUT = "data/heldout.jsonl"
 
@@ -131,7 +135,23 @@ def _start(run: RunFolder, config: TuneConfig, inputs: Inputs, prepared: Prepare
         template={"sha256": sha256_text(inputs.prompt.template), "date": prepared.frozen.isoformat()},
         system_prompt=common_system([c.with_system(config.system_prompt) for c in inputs.parts.train]),
     )
+    _write_report(run, config, counts)
     return _loop(run, config, prepared)
+
+
+def _write_report(run: RunFolder, config: TuneConfig, counts: dict[str, int]) -> None:
+    """Write what `inspect` shows of the data to reports/inspect.html; not for data that would take minutes."""
+    if sum(counts[part] for part in ("train", "validation", "heldout")) <= INSPECTED:
+        report = inspect_data(
+            config.data,
+            model=config.model,
+            max_length=config.max_length,
+            system_prompt=config.system_prompt,
+            seed=config.seed,
+        )
+        write_page(report, run.root / "reports" / "inspect.html")
+    else:
+        _say(f"more than {INSPECTED} conversations; to look into them: lorikeet inspect {config.data}")
 
 
 def resume(root: Path) -> RunFolder:
