@@ -3,7 +3,7 @@
     tune(config, out=Path("runs/mine"))
     resume(Path("runs/mine"))
 
-It writes the run folder: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `data/heldout.jsonl` (for `prove`),
+It writes the run folder: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `data/` (parts for `export` and `prove`),
 `reports/inspect.html` and `reports/loss.png`. Interrupted, it writes a checkpoint and says how to go on.
 """
 
@@ -64,7 +64,10 @@ PLOT_WIDTH, PLOT_HEIGHT = 60, 6
 INSPECTED = 5000
 """Data of up to so many conversations is inspected in passing: two thousand take some seconds."""
 
-HELDOUT = "data/heldout.jsonl"
+HELDOUT, VALIDATION, CALIBRATION = "data/heldout.jsonl", "data/validation.jsonl", "data/calibration.jsonl"
+
+CALIBRATION_SIZE = 128
+"""Conversations of the training part that are kept for `export` to see what the weights are used for."""
 
 
 class DivergedError(InputError):
@@ -121,7 +124,10 @@ def _begin(config: TuneConfig, inputs: Inputs, make_run: Callable[[], RunFolder]
 
 def _start(run: RunFolder, config: TuneConfig, inputs: Inputs, prepared: Prepared, counts: dict[str, int]) -> RunFolder:
     """Write what the run rests on, then tune."""
-    _write_heldout(run, inputs.parts.heldout, config.system_prompt)
+    parts = inputs.parts
+    _write_part(run, HELDOUT, parts.heldout, config.system_prompt)
+    _write_part(run, VALIDATION, parts.validation, config.system_prompt)
+    _write_part(run, CALIBRATION, parts.train[:CALIBRATION_SIZE], config.system_prompt)
     run.update(
         status="tuning",
         base=model_identity(config.model, inputs.base_folder),
@@ -260,14 +266,14 @@ def _encode(config: TuneConfig, inputs: Inputs, part: list[Conversation]) -> Enc
     return encoding
 
 
-def _write_heldout(run: RunFolder, conversations: list[Conversation], system_prompt: str) -> None:
-    """Keep what tuning never sees, as it will be prompted, for `prove`."""
+def _write_part(run: RunFolder, name: str, conversations: list[Conversation], system_prompt: str) -> None:
+    """Keep conversations as they will be prompted, for the stages that follow."""
     lines = [
         json.dumps({"id": c.origin, "messages": [m.as_dict() for m in c.with_system(system_prompt).messages]})
         for c in conversations
     ]
-    write_atomic(run.root / HELDOUT, "\n".join(lines) + "\n")
-    run.record(HELDOUT, run.root / HELDOUT)
+    write_atomic(run.root / name, "\n".join(lines) + "\n")
+    run.record(name, run.root / name)
 
 
 def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
