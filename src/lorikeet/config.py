@@ -23,7 +23,8 @@ DEFAULT_DATA = "mlabonne/FineTome-100k"
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_DATA = "spoken"
 
-Quant = Literal["f16", "q8_0"]
+Quant = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+"""GGUF types by the names that llama.cpp's users know, largest first."""
 
 
 def _split(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
