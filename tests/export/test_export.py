@@ -21,8 +21,8 @@ from lorikeet.export.gguf import permute, rotary_factors, write_gguf
 from lorikeet.export.stage import export
 from lorikeet.gguf_header import read_header
 from lorikeet.prompt import PromptFormat
-from lorikeet.prove.likelihood import Scorer
 from lorikeet.run import RunFolder
+from lorikeet.scoring import Scorer
 from lorikeet.tune import loop
 from lorikeet.weights import base_gguf_path
 

@@ -15,9 +15,9 @@ from lorikeet.export.stage import export
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.prove.compare import compare, ratio_interval
-from lorikeet.prove.likelihood import Scores
 from lorikeet.prove.speech import speakability
 from lorikeet.prove.stage import Answer, Heldout, Measured, encode_heldout, judge, only_last_answer, prove
+from lorikeet.scoring import Scores
 from lorikeet.tune import loop
 
 from ..conftest import make_conversations, write_jsonl

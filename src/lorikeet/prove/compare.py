@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorikeet.prove.likelihood import Scores
+from lorikeet.scoring import Scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,10 @@ from lorikeet.files import write_atomic
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.prove.compare import compare, ratio_interval
-from lorikeet.prove.likelihood import Scorer, Scores
 from lorikeet.prove.report import write_html
 from lorikeet.prove.speech import Speakability, speakability
 from lorikeet.run import RunFolder
+from lorikeet.scoring import Scorer, Scores
 from lorikeet.weights import base_gguf_path
 
 MOST_STRANGERS = 24
