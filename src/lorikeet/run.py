@@ -164,6 +164,35 @@ class RunFolder:
                     f"{path if path.is_file() else path / file} is not the file that was recorded; export again"
                 )
 
+    def certificate(self) -> dict[str, Any]:
+        """Return `reports/parity.json`, if it passed for exactly the artefacts that are here now.
+
+        Raises InputError where there is none, where it did not pass, and where an artefact was changed or added since.
+        """
+        path = self.reports / "parity.json"
+        again = f"check with: lorikeet verify {self.root}"
+        try:
+            certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            passed, certified = certificate["pass"], certificate["artefacts"]
+        except FileNotFoundError as error:
+            raise InputError(f"{self.root} has no parity certificate; {again}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}); {again}") from error
+        if passed is not True:
+            failed = ", ".join(check["name"] for check in certificate["checks"] if not check["pass"])
+            raise InputError(f"{self.root} did not pass its parity certificate ({failed}); see {path}, export again")
+        for name in self.certifiable():
+            if certified.get(name) != sha256_tree(self.root / name):
+                raise InputError(f"{self.root / name} is not what its parity certificate is about; {again}")
+        return certificate
+
+    def certifiable(self) -> list[str]:
+        """Return the artefacts that a parity certificate is about: those of adapter, merged and GGUF files that are here."""
+        names = [
+            name for name in self.manifest()["artefacts"] if name in {"adapter", "merged"} or name.startswith("gguf/")
+        ]
+        return [name for name in names if (self.root / name).exists()]
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one JSON object to `metrics.jsonl`."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
