@@ -86,6 +86,20 @@ PACKAGES = {
             70_653_446,
             "MIT",
         ),
+        Package(
+            "silero-vad",
+            "voice activity detection, any language, 16 kHz",
+            "silero-vad",
+            "6.2.3",
+            "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+            {
+                "silero_vad/data/silero_vad_16k_sequence.onnx": (
+                    "9ccdacc4719d8aa7e45a77536bfabec45a03ba1f2fad5e241ab4060b24238a85"
+                )
+            },
+            11_317_527,
+            "MIT",
+        ),
     )
 }
 

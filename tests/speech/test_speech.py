@@ -14,7 +14,8 @@ from lorikeet.errors import InputError, LorikeetError
 from lorikeet.speech import HEARING_HZ
 from lorikeet.speech.audio import decode, encode_wav, level_db
 from lorikeet.speech.hear import load_ears
-from lorikeet.speech.speak import load_voice, spoken
+from lorikeet.speech.sayable import sayable
+from lorikeet.speech.speak import load_voice
 
 
 def tone(seconds: float, rate_hz: int = HEARING_HZ) -> np.ndarray:
@@ -110,19 +111,19 @@ def test_people_are_understood(shared: Path) -> None:
     ("text", "said"),
     [
         ("Plain words.", "Plain words."),
-        ("**Bold** and _so_ `on`", "Bold and _so_ on."),
+        ("**Bold** and _so_ `on`", "Bold and so on."),
         ("# Title\n- one\n- two", "Title. one. two."),
         ("See [the page](https://a.example/x) now.", "See the page now."),
         ("It is at https://a.example/x?y=1 today.", "It is at today."),
         ("As they say [1], fine.", "As they say, fine."),
         ("Nice \U0001f600\U0001f1e9\U0001f1ea!", "Nice!"),
         ("```py\nprint(1)\n```\nDone.", "Done."),
-        ("2 * 3 is six", "2 * 3 is six."),
+        ("2 * 3 is six", "two times three is six."),
         ("\U0001f600", ""),
     ],
 )
 def test_what_is_read_aloud(text: str, said: str) -> None:
-    assert spoken(text) == said
+    assert sayable(text) == said
 
 
 def test_unknown_names_say_what_there_is() -> None:

@@ -29,7 +29,7 @@ from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, LOOPBACK_HOSTS, Guard, error
 from lorikeet.serve.wire import Answer, ChatRequest, SpeechRequest
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode, encode_wav
-from lorikeet.speech.speak import spoken
+from lorikeet.speech.sayable import sayable
 
 ANSWERS_AT_ONCE = 16
 """Answers pulled at once; more wait without a thread, so that /health always finds one."""
@@ -166,7 +166,7 @@ def _add_audio(app: FastAPI, ears: Ears | None, voice: Voice | None) -> None:
         _check_model(body.model, (*SPEAKING_MODELS, voice.name))
         if body.voice not in (*VOICES, voice.name):
             raise InputError(f"voice: {body.voice[:40]!r} is not known; there is: {voice.name}")
-        parts = list(voice.speak(spoken(body.input)))
+        parts = list(voice.speak(sayable(body.input)))
         if not parts:
             raise InputError("input: nothing in it can be spoken")
         return Response(encode_wav(np.concatenate(parts), voice.sample_rate_hz), media_type="audio/wav")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,60 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
     return np.clip(np.nan_to_num(samples), -1.0, 1.0)
 
 
+class Resampler:
+    """Turns a stream of mono audio at one rate into one at another, piece by piece, without seams."""
+
+    def __init__(self, from_hz: int, to_hz: int) -> None:
+        """Begin a stream. Raises MissingExtraError without av."""
+        try:
+            import av
+        except ImportError as error:
+            raise MissingExtraError("av", "speech") from error
+        self._from_hz, self._to_hz = from_hz, to_hz
+        self._frame: Any = av.AudioFrame
+        self._resampler = av.AudioResampler(format="flt", layout="mono", rate=to_hz) if from_hz != to_hz else None
+
+    def feed(self, samples: Samples) -> Samples:
+        """Return what the stream gives once it has `samples`; the last millisecond or so comes with the next piece."""
+        if self._resampler is None or not samples.size:
+            return samples
+        frame = self._frame.from_ndarray(samples.reshape(1, -1), format="flt", layout="mono")
+        frame.sample_rate = self._from_hz
+        return self._joined(self._resampler.resample(frame))
+
+    def flush(self) -> Samples:
+        """Return the rest of the stream, which ends."""
+        return self._joined(self._resampler.resample(None)) if self._resampler else np.zeros(0, np.float32)
+
+    def _joined(self, frames: list[Any]) -> Samples:
+        parts = [frame.to_ndarray().reshape(-1) for frame in frames]
+        return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, np.float32)
+
+
+def resample(samples: Samples, from_hz: int, to_hz: int) -> Samples:
+    """Return a whole recording at another rate."""
+    resampler = Resampler(from_hz, to_hz)
+    return np.concatenate([resampler.feed(samples), resampler.flush()])
+
+
+def decode_pcm16(data: bytes) -> Samples:
+    """Return little-endian 16-bit mono samples as float32. Raises InputError for half a sample."""
+    if len(data) % 2:
+        raise InputError("the audio ends in the middle of a sample; pcm16 has two bytes a sample")
+    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+
+
+def encode_pcm16(samples: Samples) -> bytes:
+    """Return `samples` as little-endian 16-bit integers."""
+    return (np.clip(samples, -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
+
+
+def trim_start(samples: Samples, sample_rate_hz: int, *, audible: float = 0.003) -> Samples:
+    """Return `samples` without the silence before the first audible one, but for ten milliseconds of it."""
+    loud = np.flatnonzero(np.abs(samples) > audible)
+    return samples[max(0, int(loud[0]) - sample_rate_hz // 100) :] if loud.size else samples[:0]
+
+
 def encode_wav(samples: Samples, sample_rate_hz: int) -> bytes:
     """Return `samples` as a 16-bit mono WAV file."""
     import wave
@@ -68,7 +123,7 @@ def encode_wav(samples: Samples, sample_rate_hz: int) -> bytes:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate_hz)
-        file.writeframes((np.clip(samples, -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes())
+        file.writeframes(encode_pcm16(samples))
     return target.getvalue()
 
 

@@ -29,7 +29,7 @@ from lorikeet.serve.ui.clips import Clips
 from lorikeet.serve.ui.look import HEAD, STYLE, mark, theme
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode
-from lorikeet.speech.speak import spoken
+from lorikeet.speech.sayable import sayable
 
 MAX_QUESTION_CHARACTERS = 8000
 MAX_RECORDING_S = 60.0
@@ -308,7 +308,7 @@ def _sayer(voice: Voice, clips: Clips) -> Say:
     """Return what makes the player of a spoken answer, which starts by itself; '' if nothing in it can be said."""
 
     def say(text: str) -> str:
-        parts = list(voice.speak(spoken(text)))
+        parts = list(voice.speak(sayable(text)))
         if not parts:
             return ""
         name = clips.keep(np.concatenate(parts), voice.sample_rate_hz)
