@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ from gguf import (
 )
 from numpy.typing import NDArray
 
+from lorikeet.config import Quant
 from lorikeet.errors import InputError
+from lorikeet.export.imatrix import Importance
 from lorikeet.export.merge import Tensor, tensors
+from lorikeet.export.mix import FILE_TYPES, FLOATS, Mix
+from lorikeet.export.quantize import check_finite, quantize
 from lorikeet.export.vocabulary import add_vocabulary
 
 Progress = Callable[[int, int], None]
@@ -49,34 +53,34 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(MODEL_ARCH.QWEN3, permuted=False),
 }
 
-FILE_TYPES = {
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
+PIECE_VALUES = 1 << 23
+"""Weights that are in memory at once, as float32 and as bytes, while a tensor is written."""
 
 
 def write_gguf(
     folder: Path,
     out: Path,
     *,
-    quant: str,
+    quant: Quant,
     name: str,
     vocabulary: Path | None = None,
+    importance: Importance | None = None,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Write the model in `folder` to the file `out` as `f16` or `q8_0`, with the tokenizer in `vocabulary` or `folder`.
+    """Write the model in `folder` to the file `out` as `quant`, with the tokenizer in `vocabulary` or `folder`.
 
-    Vectors and rotary factors stay float32, as llama.cpp wants them. Raises InputError for an architecture or a
-    tokenizer that is not known here, before anything is written.
+    Vectors and rotary factors stay float32, as llama.cpp wants them; the errors of quantised weights are weighed by
+    `importance`. `progress` is told weights, done and in all. Raises InputError for an architecture or a tokenizer that
+    is not known here, before anything is written, and for weights that are not finite.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = _family(config, folder)
-    kind, file_type = FILE_TYPES[quant]
-    names = get_tensor_name_map(family.arch, config["num_hidden_layers"])
-    plan = _plan(folder, config, family, names, kind)
+    plan = _plan(folder, config, family, _mix(config, family, quant, importance=importance is not None))
     writer = GGUFWriter(out, arch=_arch_name(family))
     try:
-        _add_metadata(writer, config, name=name, file_type=file_type)
+        _add_metadata(writer, config, name=name, file_type=FILE_TYPES[quant].number)
+        if importance is not None:
+            importance.describe(writer)
         add_vocabulary(writer, vocabulary or folder, config)
         factors = rotary_factors(config)
         if factors is not None:
@@ -88,9 +92,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for done, entry in enumerate(plan, start=1):
-            writer.write_tensor_data(entry.data())
-            progress(done, len(plan))
+        _write_tensors(writer, plan, importance, progress)
     finally:
         writer.close()
 
@@ -132,16 +134,56 @@ class _Entry:
         """Bytes in the file."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def data(self) -> NDArray[Any]:
-        """Return the array to be written."""
-        value = self.source.load().float()
-        if self.heads:
-            value = permute(value, self.heads)
-        array = value.numpy()
-        if self.raw_dtype is None:
-            return array.astype(self.dtype)
-        packed: NDArray[Any] = quants.quantize(array, self.kind)
-        return packed
+    def pieces(self, importance: NDArray[np.float32] | None) -> Iterator[NDArray[Any]]:
+        """Yield the array to be written, some rows at a time; `importance` is of its columns.
+
+        Raises InputError, naming the tensor, if a weight is not finite or float16 cannot hold it.
+        """
+        for start, stop in self._spans():
+            value = self.source.load(start, stop).float()
+            if self.heads:
+                value = permute(value, (stop - start) // self._head_rows)
+            try:
+                yield _packed(value.numpy(), self.kind, importance)
+            except ValueError as error:
+                raise InputError(
+                    f"{self.source.file}: {self.source.name} holds {error}; the weights are broken"
+                ) from error
+
+    @property
+    def _head_rows(self) -> int:
+        return self.logical[0] // (self.heads or 1)
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Yield first row and row after the last of each piece: whole heads where rows are reordered."""
+        rows = self.logical[0]
+        unit = self._head_rows if self.heads else 1
+        step = max(1, PIECE_VALUES // (math.prod(self.logical[1:]) * unit)) * unit
+        for start in range(0, rows, step):
+            yield start, min(rows, start + step)
+
+
+def _packed(
+    values: NDArray[np.float32], kind: GGMLQuantizationType, importance: NDArray[np.float32] | None
+) -> NDArray[Any]:
+    """Return `values` as they are stored in a tensor of `kind`. Raises ValueError for what cannot be stored."""
+    if kind not in FLOATS:
+        return quantize(values, kind, importance=importance)
+    check_finite(values)
+    return values.astype(np.float16 if kind == GGMLQuantizationType.F16 else np.float32)
+
+
+def _write_tensors(writer: GGUFWriter, plan: list[_Entry], importance: Importance | None, progress: Progress) -> None:
+    """Write every tensor, a piece at a time, with the padding between them."""
+    file = writer.fout[0]
+    total, done = sum(math.prod(entry.logical) for entry in plan), 0
+    for entry in plan:
+        writer.write_padding(file, file.tell())
+        for piece in entry.pieces(importance.of(entry.name) if importance else None):
+            piece.tofile(file)
+            done += math.prod(entry.logical[1:]) * len(piece)
+            progress(done, total)
+        writer.write_padding(file, entry.n_bytes)
 
 
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -195,16 +237,37 @@ def _rope_theta(config: dict[str, Any]) -> float:
     return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
 
 
-def _plan(folder: Path, config: dict[str, Any], family: Family, names: Any, kind: GGMLQuantizationType) -> list[_Entry]:
+def namer(folder: Path) -> Callable[[str], str | None]:
+    """Return what gives llama.cpp's name of a tensor of the model in `folder`, None for one that has no place there."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = get_tensor_name_map(_family(config, folder).arch, config["num_hidden_layers"])
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _mix(config: dict[str, Any], family: Family, quant: Quant, *, importance: bool) -> Mix:
+    """Return the types of this model's tensors."""
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    return Mix(
+        quant,
+        arch=_arch_name(family),
+        layers=layers,
+        tied=bool(config.get("tie_word_embeddings")),
+        grouped=(config.get("num_key_value_heads") or heads) != heads,
+        importance=importance,
+    )
+
+
+def _plan(folder: Path, config: dict[str, Any], family: Family, mix: Mix) -> list[_Entry]:
     """Return every tensor with its name and type. Raises InputError for one that has no name in this architecture."""
     from safetensors import safe_open
 
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    name_of = namer(folder)
     plan = []
     for tensor in tensors(folder):
         if tensor.name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
-        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        name = name_of(tensor.name)
         if name is None:
             raise InputError(f"{folder}: the tensor {tensor.name} has no place in llama.cpp's {_arch_name(family)}")
         with safe_open(tensor.file, framework="pt") as opened:
@@ -212,17 +275,8 @@ def _plan(folder: Path, config: dict[str, Any], family: Family, names: Any, kind
         rotary = 0
         if family.permuted and tensor.name.rsplit(".", 2)[-2] in {"q_proj", "k_proj"}:
             rotary = heads if ".q_proj." in tensor.name else kv_heads
-        plan.append(_Entry(name, tensor, rotary, shape, _stored_as(shape, kind)))
+        plan.append(_Entry(name, tensor, rotary, shape, mix.kind(name, shape)))
     return plan
-
-
-def _stored_as(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Return the type of a tensor: vectors stay float32, rows that no block divides become F16."""
-    if len(shape) < 2:
-        return GGMLQuantizationType.F32
-    from gguf.constants import GGML_QUANT_SIZES
-
-    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
 def _add_metadata(writer: GGUFWriter, config: dict[str, Any], *, name: str, file_type: LlamaFileType) -> None:

@@ -32,10 +32,12 @@ class Tensor:
     name: str
     file: Path
 
-    def load(self) -> torch.Tensor:
-        """Return it, in the type it is stored in."""
+    def load(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return it, or its rows from `start` to before `stop`, in the type it is stored in."""
         with safe_open(self.file, framework="pt") as opened:
-            return torch.as_tensor(opened.get_tensor(self.name))
+            if start == 0 and stop is None:
+                return torch.as_tensor(opened.get_tensor(self.name))
+            return torch.as_tensor(opened.get_slice(self.name)[start:stop])
 
 
 @dataclass(frozen=True, slots=True)

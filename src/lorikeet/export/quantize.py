@@ -50,7 +50,7 @@ def quantize(rows: Floats, kind: Kind, *, importance: Floats | None = None, thre
 
     def encode(start: int) -> None:
         piece = np.ascontiguousarray(rows[start : start + step], dtype=np.float32)
-        _check(piece)
+        check_finite(piece)
         packed[start : start + step] = _ENCODERS[kind](piece, importance).reshape(len(piece), -1)
 
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
@@ -59,13 +59,13 @@ def quantize(rows: Floats, kind: Kind, *, importance: Floats | None = None, thre
     return packed
 
 
-def _check(piece: Floats) -> None:
-    """Raise ValueError if a value is not finite, or so large that float16 multipliers cannot reach it."""
-    largest = max(abs(float(piece.max())), abs(float(piece.min())))
+def check_finite(values: Floats) -> None:
+    """Raise ValueError if a value is not finite, or larger than float16 holds."""
+    largest = max(abs(float(values.max())), abs(float(values.min())))
     if not np.isfinite(largest):
-        raise ValueError("values that are not finite")
+        raise ValueError("a value that is not finite")
     if largest > FLOAT16_MAX:
-        raise ValueError(f"values as large as {largest:.3g}, more than float16 holds")
+        raise ValueError(f"a value of {largest:.3g}, more than float16 holds")
 
 
 # ------------------------------------------------------------------------------------------------ blocks and weights
