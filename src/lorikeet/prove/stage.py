@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorikeet.card import write_card
 from lorikeet.config import ProveConfig
 from lorikeet.data.load import load_conversations
 from lorikeet.engine import LlamaEngine
@@ -116,6 +117,7 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     write_atomic(run.reports / "proof.json", json.dumps(proof, indent=2) + "\n")
     write_html(proof, manifest, run.reports)
     run.update(proof={"verdict": proof["verdict"], "quant": config.quant})
+    write_card(run)
     return proof
 
 

@@ -47,7 +47,7 @@ from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
 from lorikeet.tune.plot import plot_loss, running_mean
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
 from lorikeet.tune.track import Trackers
-from lorikeet.weights import model_identity, resolve_model
+from lorikeet.weights import hub_revision, licence, model_identity, resolve_model
 
 FITTED_AT = 4
 """After this many steps the schedule is fitted to --max-minutes; the first of them warms up and does not count."""
@@ -136,6 +136,9 @@ def _start(run: RunFolder, config: TuneConfig, inputs: Inputs, prepared: Prepare
             "layout": inputs.loaded.layout,
             "sha256": {file.name: sha256_file(file) for file in inputs.loaded.files},
             "broken": len(inputs.loaded.broken),
+            "duplicates": len(inputs.loaded.conversations)
+            - sum(map(len, (parts.train, parts.validation, parts.heldout))),
+            **_data_origin(inputs.loaded.files[0]),
             **counts,
         },
         template={"sha256": sha256_text(inputs.prompt.template), "date": prepared.frozen.isoformat()},
@@ -143,6 +146,13 @@ def _start(run: RunFolder, config: TuneConfig, inputs: Inputs, prepared: Prepare
     )
     _write_report(run, config, counts)
     return _loop(run, config, prepared)
+
+
+def _data_origin(file: Path) -> dict[str, str]:
+    """Return the revision and the licence of data from the hub; '' for files of one's own."""
+    revision = hub_revision(file)
+    root = next((folder for folder in file.parents if folder.name == revision), file.parent)
+    return {"revision": revision, "licence": licence(root) if revision else ""}
 
 
 def _write_report(run: RunFolder, config: TuneConfig, counts: dict[str, int]) -> None:
