@@ -146,6 +146,19 @@ class ExportConfig:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """How much the parity certificate compares."""
+
+    conversations: int = 16
+    """Held-out conversations whose predictions are compared, the first ones of the file."""
+    answers: int = 6
+    """Questions answered greedily by every artefact, side by side."""
+    answer_tokens: int = 32
+    """Longest of these answers."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ProveConfig:
     """How base and tuned model are compared."""
 
