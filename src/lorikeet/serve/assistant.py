@@ -108,6 +108,16 @@ class Assistant:
         """Whether there is a search service to ask."""
         return self._provider is not None
 
+    @property
+    def system_prompt(self) -> str:
+        """What conversations without a system turn are led by."""
+        return self._system_prompt
+
+    def warm(self) -> None:
+        """Have the engine read the system prompt once, so that the first answer does not wait for that."""
+        for _ in self.respond([Message("user", "Hello.")], search="off", max_tokens=1):
+            pass
+
     def healthy(self) -> bool:
         """Say whether the engine would answer now."""
         return self._engine.healthy()

@@ -26,10 +26,14 @@ from starlette.types import Receive, Scope, Send
 from lorikeet.errors import EngineError, InputError, LorikeetError, MachineError
 from lorikeet.serve.assistant import Assistant, Event
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, LOOPBACK_HOSTS, Guard, error_body
+from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
+from lorikeet.serve.voice.realtime import Door
+from lorikeet.serve.voice.session import Parts
 from lorikeet.serve.wire import Answer, ChatRequest, SpeechRequest
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode, encode_wav
 from lorikeet.speech.sayable import sayable
+from lorikeet.speech.vad import load_vad
 
 ANSWERS_AT_ONCE = 16
 """Answers pulled at once; more wait without a thread, so that /health always finds one."""
@@ -77,6 +81,9 @@ def create_app(
     _add_models(app, assistant, model_name)
     _add_chat(app, assistant, model_name)
     _add_audio(app, ears, voice)
+    metrics = Metrics()
+    _add_metrics(app, metrics)
+    _add_realtime(app, assistant, model_name, ears=ears, voice=voice, metrics=metrics)
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     def unknown(path: str, request: Request) -> None:
@@ -170,6 +177,22 @@ def _add_audio(app: FastAPI, ears: Ears | None, voice: Voice | None) -> None:
         if not parts:
             raise InputError("input: nothing in it can be spoken")
         return Response(encode_wav(np.concatenate(parts), voice.sample_rate_hz), media_type="audio/wav")
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics")
+    def numbers() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_realtime(
+    app: FastAPI, assistant: Assistant, model_name: str, *, ears: Ears | None, voice: Voice | None, metrics: Metrics
+) -> None:
+    vad = load_vad() if ears else None
+    parts = Parts(
+        assistant=assistant, ears=ears, voice=voice, vad=vad, model_name=model_name, on_turn=metrics.note_turn
+    )
+    app.add_api_websocket_route("/v1/realtime", Door(parts).enter)
 
 
 def _check_model(name: str, known: Sequence[str]) -> None:

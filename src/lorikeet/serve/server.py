@@ -22,6 +22,9 @@ from lorikeet.errors import InputError
 GRACE_S = 5
 """How long answers under way may go on after the server was asked to stop."""
 
+MAX_MESSAGE_BYTES = 4 << 20
+"""Longest WebSocket message: about a minute of audio."""
+
 
 class Listener:
     """A port that is listened on, answering "starting" until the application takes over."""
@@ -67,7 +70,13 @@ def run_server(app: Any, listener: Listener, *, on_ready: Callable[[str], object
                 on_ready(listener.url)
 
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False, ws="none"
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE_BYTES,
     )
     listener.stop_waiting()
     Server(config).run(sockets=[listener.socket])

@@ -1,55 +1,160 @@
-"""Speech to text: Whisper through faster-whisper.
+"""Speech to text: Whisper through CTranslate2 and faster-whisper.
 
-ears = load_ears("whisper-tiny.en")
-ears.transcribe(samples).text
+    ears = load_ears("whisper-tiny.en")
+    ears.transcribe(samples).text
+
+Whisper was made for windows of 30 s, and on a CPU that window is most of the wait. So a first draft sees the speech and
+five seconds of silence alone; what looks wrong with it (unsure, too fast, cut off) is heard again in the full window. What is no
+speech, by the detector or by Whisper's own doubts, gives no words: Whisper invents some for silence and noise.
 """
 
 from __future__ import annotations
 
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorikeet.errors import InputError, MachineError, MissingExtraError
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Transcript
 from lorikeet.speech.audio import level_db
+from lorikeet.speech.vad import FRAME_MS, FRAME_SAMPLES, Vad, load_vad
 from lorikeet.weights import PACKAGES, packaged
 
 SILENCE_DB = -55.0
 """Audio below this level is silence; Whisper invents words for it."""
 
+MIN_SPEECH_MS = 96
+"""Less speech than this holds no word."""
+
+MARGIN_S = 0.2
+"""Audio that stays before and after the speech: soft beginnings and ends are below the detector's threshold."""
+
 NO_SPEECH_PROBABILITY = 0.6
 LOG_PROBABILITY = -1.0
-"""A segment that Whisper thinks is no speech, and is unsure of, is left out: the thresholds of its paper (2212.04356)."""
+COMPRESSION = 2.4
+"""A text that Whisper thinks is no speech and is unsure of, or that repeats itself, is left out: the thresholds of its
+paper (2212.04356)."""
+
+DRAFT_MAX_S = 20.0
+"""Longer speech is heard in the full window at once."""
+
+DRAFT_PADDING_S = 5.0
+"""Silence after the speech in a draft. With less, tiny.en begins to repeat itself (docs/decisions/0005-voice.md)."""
+
+DRAFT_LOG_PROBABILITY = -0.7
+DRAFT_TOKENS_PER_S = 8
+DRAFT_WORDS_PER_S = 6.0
+"""People say two to four words a second; a draft with more was not said like that."""
 
 
 class WhisperEars:
     """Whisper on CTranslate2, 8-bit integers on the CPU."""
 
-    def __init__(self, name: str, model: Any) -> None:
-        """Wrap a loaded `faster_whisper.WhisperModel`."""
+    def __init__(self, name: str, model: Any, vad: Vad) -> None:
+        """Wrap a loaded `faster_whisper.WhisperModel`; `vad` finds the speech that it is given."""
         self.name = name
         self._model = model
+        self._vad = vad
         self._lock = threading.Lock()
+        self._english = not model.model.is_multilingual
 
     def transcribe(self, samples: Samples) -> Transcript:
         """Return what is said in `samples`, mono at 16 kHz; one call at a time."""
         duration_s = samples.size / HEARING_HZ
-        if level_db(samples) < SILENCE_DB:
+        speech, speech_s = self._find_speech(samples)
+        if not speech.size:
             return Transcript("", duration_s)
         with self._lock:
-            segments, _ = self._model.transcribe(
-                samples,
-                language="en" if self.name.endswith(".en") else None,
-                beam_size=1,
-                condition_on_previous_text=False,
-            )
-            spoken = [
-                segment.text.strip()
-                for segment in segments
-                if segment.no_speech_prob < NO_SPEECH_PROBABILITY or segment.avg_logprob > LOG_PROBABILITY
-            ]
-        return Transcript(" ".join(text for text in spoken if text), duration_s)
+            draft = self._draft(speech, speech_s) if speech.size <= DRAFT_MAX_S * HEARING_HZ else None
+            text = self._hear_whole(speech) if draft is None else draft
+        return Transcript(text, duration_s)
+
+    def _find_speech(self, samples: Samples) -> tuple[Samples, float]:
+        """Return the part from the first speech to the last, with a margin, and the seconds of speech in it."""
+        if level_db(samples) < SILENCE_DB:
+            return samples[:0], 0.0
+        voiced = np.flatnonzero(self._vad.voiced_frames(samples))
+        if voiced.size * FRAME_MS < MIN_SPEECH_MS:
+            return samples[:0], 0.0
+        margin = int(MARGIN_S * HEARING_HZ)
+        first, last = voiced[0] * FRAME_SAMPLES, (voiced[-1] + 1) * FRAME_SAMPLES
+        return samples[max(0, first - margin) : last + margin], voiced.size * FRAME_MS / 1000
+
+    def _draft(self, speech: Samples, speech_s: float) -> str | None:
+        """Return what a short window gives, '' where that is no speech, None if it must be heard again."""
+        model = self._model
+        padded = np.pad(speech, (0, int(DRAFT_PADDING_S * HEARING_HZ)))
+        features = model.feature_extractor(padded, padding=0)
+        encoded = model.encode(features[:, : features.shape[-1] // 2 * 2])
+        prompt = self._prompt(encoded)
+        limit = int(DRAFT_TOKENS_PER_S * speech_s) + 12
+        result = model.model.generate(
+            encoded,
+            [prompt],
+            beam_size=1,
+            max_length=len(prompt) + limit,
+            return_scores=True,
+            return_no_speech_prob=True,
+        )[0]
+        tokens = result.sequences_ids[0]
+        end = model.hf_tokenizer.token_to_id("<|endoftext|>")
+        text = model.hf_tokenizer.decode([token for token in tokens if token < end]).strip()
+        if result.no_speech_prob > NO_SPEECH_PROBABILITY and result.scores[0] < LOG_PROBABILITY:
+            return ""
+        hurried = len(tokens) >= limit or len(text.split()) > DRAFT_WORDS_PER_S * speech_s + 2
+        once = cut_repetition(text) if hurried else text
+        if result.scores[0] < DRAFT_LOG_PROBABILITY or (hurried and once == text) or _compression(once) > COMPRESSION:
+            return None
+        return once
+
+    def _prompt(self, encoded: Any) -> list[int]:
+        """Return the tokens that ask for a transcript in the language that is heard.
+
+        Times are asked for too: with them the model notices better where the speech ends.
+        """
+        names = ["<|startoftranscript|>"]
+        if not self._english:
+            names += [self._model.model.detect_language(encoded)[0][0][0], "<|transcribe|>"]
+        return [self._model.hf_tokenizer.token_to_id(name) for name in names]
+
+    def _hear_whole(self, speech: Samples) -> str:
+        """Return what the full window gives, without the segments that are no speech."""
+        segments, _ = self._model.transcribe(
+            speech,
+            language="en" if self._english else None,
+            beam_size=1,
+            condition_on_previous_text=False,
+        )
+        spoken = [
+            segment.text.strip()
+            for segment in segments
+            if (segment.no_speech_prob < NO_SPEECH_PROBABILITY or segment.avg_logprob > LOG_PROBABILITY)
+            and segment.compression_ratio < COMPRESSION
+        ]
+        return " ".join(text for text in spoken if text)
+
+
+def cut_repetition(text: str) -> str:
+    """Return `text` up to where it begins to say again what it has just said; `text` itself if it does not."""
+    words = text.split()
+    plain = [word.strip(".,?!;:").lower() for word in words]
+    for size in range(1, len(words) // 2 + 1):
+        for start in range(len(words) - 2 * size + 1):
+            again = plain[start + size : start + 2 * size]
+            # One word or two may well be said twice ("no, no"), but not three times over.
+            twice = plain[start : start + size] == again
+            thrice = again == plain[start + 2 * size : start + 3 * size]
+            if twice and (size >= 3 or thrice):
+                return " ".join(words[: start + size])
+    return text
+
+
+def _compression(text: str) -> float:
+    data = text.encode()
+    return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
 def load_ears(name: str, *, threads: int = 2) -> Ears:
@@ -58,14 +163,14 @@ def load_ears(name: str, *, threads: int = 2) -> Ears:
     Raises InputError for an unknown name, MissingExtraError without faster-whisper, MachineError if it cannot be loaded.
     """
     if name in PACKAGES and name.startswith("whisper"):
-        return WhisperEars(name, _load(str(packaged(name)), threads))
+        return WhisperEars(name, _load(str(packaged(name)), threads), load_vad())
     if Path(name).is_dir():
         if not (Path(name) / "model.bin").is_file():
             raise InputError(f"{name} is no Whisper folder for CTranslate2 (no model.bin); try --ears whisper-tiny.en")
-        return WhisperEars(Path(name).name, _load(name, threads))
+        return WhisperEars(Path(name).name, _load(name, threads), load_vad())
     sizes = _sizes()
     if name.removeprefix("whisper-") in sizes:
-        return WhisperEars(name, _load(name.removeprefix("whisper-"), threads))
+        return WhisperEars(name, _load(name.removeprefix("whisper-"), threads), load_vad())
     raise InputError(
         f"--ears {name} is not known; packaged is whisper-tiny.en, sizes are {', '.join(sizes)}, or name a folder, or off"
     )
