@@ -27,6 +27,7 @@ from lorikeet.grounding import approximate_tokens
 from lorikeet.serve.server import Listener, run_server
 
 if TYPE_CHECKING:
+    from lorikeet.serve.assistant import Assistant
     from lorikeet.speech import Ears, Voice
 
 T = TypeVar("T")
@@ -50,14 +51,17 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
         ears = None if config.ears == "off" else _step(f"ears {config.ears}", lambda: _ears(config.ears))
         voice = None if config.voice == "off" else _step(f"voice {config.voice}", lambda: _voice(config.voice))
         count_tokens = _counter(engine) if isinstance(engine, LlamaEngine) else approximate_tokens
+        # Imported here and not above: the web packages are an extra.
+        from lorikeet.serve.assistant import Assistant
+
+        assistant = Assistant(
+            engine, system_prompt=system_prompt, provider=provider, config=config, count_tokens=count_tokens
+        )
+        _step("first words", lambda: _warm(assistant, ears, voice))
 
         def build() -> Any:
-            from lorikeet.serve.assistant import Assistant
             from lorikeet.serve.http import create_app
 
-            assistant = Assistant(
-                engine, system_prompt=system_prompt, provider=provider, config=config, count_tokens=count_tokens
-            )
             return create_app(
                 assistant,
                 model_name=model_name,
@@ -115,6 +119,21 @@ def _voice(name: str) -> Voice:
     from lorikeet.speech.speak import load_voice
 
     return load_voice(name)
+
+
+def _warm(assistant: Assistant, ears: Ears | None, voice: Voice | None) -> None:
+    """Have every part do its work once, so that the first turn is as fast as the others."""
+    assistant.warm()
+    if voice is None:
+        return
+    sound = [*voice.speak("Hello there, this is how I sound.")]
+    if ears is not None and sound:
+        import numpy as np
+
+        from lorikeet.speech import HEARING_HZ
+        from lorikeet.speech.audio import resample
+
+        ears.transcribe(resample(np.concatenate(sound), voice.sample_rate_hz, HEARING_HZ))
 
 
 def _counter(engine: LlamaEngine) -> Callable[[str], int]:
