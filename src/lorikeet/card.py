@@ -22,7 +22,7 @@ from typing import Any
 
 from lorikeet.config import PACKAGED_DATA, TuneConfig
 from lorikeet.errors import InputError
-from lorikeet.files import write_atomic
+from lorikeet.files import write_changed
 from lorikeet.gguf_header import read_header
 from lorikeet.run import RunFolder
 from lorikeet.weights import PACKAGES
@@ -39,7 +39,7 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 def write_card(run: RunFolder) -> Path:
     """Write `RUN/README.md` from what the run holds now and return its path."""
     path = run.root / "README.md"
-    write_atomic(path, card(run))
+    write_changed(path, card(run))
     return path
 
 
@@ -114,7 +114,7 @@ def _facts(run: RunFolder, manifest: dict[str, Any], repo: str) -> dict[str, Any
     quants = [name.removeprefix("gguf/model-").removesuffix(".gguf") for name in artefacts if name.startswith("gguf/")]
     proof = _current(run, manifest, "proof")
     parity = _current(run, manifest, "parity")
-    base = _base(manifest["base"])
+    base = public_base(manifest["base"])
     data = _data(manifest["data"])
     return {
         "name": repo.rpartition("/")[2] or run.root.resolve().name,
@@ -157,7 +157,7 @@ def _about_these_files(report: dict[str, Any], manifest: dict[str, Any]) -> bool
     return bool(named) and recorded == named
 
 
-def _base(base: dict[str, str]) -> dict[str, str]:
+def public_base(base: dict[str, str]) -> dict[str, str]:
     """Return the base as the public knows it: name, hub id or '', licence or '', what else there is to say."""
     package = PACKAGES.get(base["id"])
     if package:

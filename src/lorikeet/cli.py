@@ -13,12 +13,13 @@ import sys
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Toml
 
 from lorikeet.config import (
+    COMMAS,
     PACKAGED_MODEL,
     SYSTEM_PROMPT,
     ExportConfig,
@@ -191,6 +192,38 @@ def prove(run: Path, config: ProveConfig | None = None, *, json: Json = False) -
             print(f"  {'passed' if check['pass'] else 'FAILED'}  {check['name']}: {check['value']} ({check['limit']})")
         print(f"report: {run / 'reports' / 'proof.html'}")
     return 0 if proof["verdict"] == "ship" else 1
+
+
+@app.command
+def publish(
+    run: Path,
+    *,
+    repo: str,
+    private: Annotated[bool, Parameter(negative=())] = False,
+    formats: Annotated[tuple[Literal["adapter", "merged", "gguf"], ...], COMMAS] = ExportConfig.formats,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Upload a run to the Hugging Face hub; refuses without a passing certificate. Run it again after a break.
+
+    Parameters
+    ----------
+    run
+        The run folder, exported and verified.
+    repo
+        The repository, owner/name; it is made if it is not there.
+    private
+        Make it a private one.
+    formats
+        What is uploaded, separated by commas: merged and gguf lie at the root, the adapter in adapter/.
+    dry_run
+        List what would be uploaded, and send nothing.
+    """
+    from lorikeet.export.hub import publish as publish_run
+
+    url = publish_run(run, repo=repo, private=private, formats=formats, dry_run=dry_run)
+    if url:
+        _say(f"published: {url}")
+    return 0
 
 
 @app.command

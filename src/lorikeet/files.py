@@ -69,6 +69,12 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise disk_error(error, path) from error
 
 
+def write_changed(path: Path, text: str) -> None:
+    """Write `text` like `write_atomic`, but leave a file alone that holds it already."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomic(path, text)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process has left half-written in or below `folder`; no other process may be writing there."""
     for path in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:

@@ -18,6 +18,7 @@ from lorikeet.config import ExportConfig
 from lorikeet.errors import InputError
 from lorikeet.export.gguf import write_gguf
 from lorikeet.export.merge import merge
+from lorikeet.export.modelfile import write_modelfile
 from lorikeet.files import atomic_file, atomic_folder, require_disk
 from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path, base_name, cache_folder, model_identity, resolve_model
@@ -48,6 +49,8 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
         for quant in config.quant:
             _tuned_gguf(run, merged, quant)
             _base_gguf(run, base, adapter, quant)
+        if why := write_modelfile(run):
+            print(f"no Modelfile for Ollama: {why}", file=sys.stderr, flush=True)
     write_card(run)
     return run
 
