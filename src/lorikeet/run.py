@@ -39,6 +39,25 @@ def resident_bytes(*, peak: bool = False) -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+def free_bytes() -> int:
+    """Return the memory that this process may still take: the machine's or, if less, the container's.
+
+    Where the system does not say, it is more than any machine has.
+    """
+    free = 1 << 62
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        free = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), free)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
+            free = min(free, max(0, int(text) - int(Path(used).read_text())))
+    return free
+
+
 def environment() -> dict[str, Any]:
     """Return `{"versions": {...}, "hardware": {...}}` of this machine."""
     versions = {"python": platform.python_version()}

@@ -1,6 +1,6 @@
 """What the files of a run hold, read without running a model: weights, headers, vocabularies, templates.
 
-    weights = compare_weights(path, base, merged)       # each tensor of a GGUF file against the merged weights
+    compare_weights(path, base, merged, adapted)        # each tensor of a GGUF file against the merged weights
 
 Tensors are decoded by the `gguf` package's own reader, a few rows at a time. What a file should hold is worked out here
 from the base and the configuration, apart from the code that writes it.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +140,20 @@ def changed_weights(base: Weights, merged: Weights, adapted: set[str]) -> list[s
     return wrong
 
 
+def checkpoint_faults(checkpoint: Path, adapter: Path) -> list[str]:
+    """Return the tensors of the file `adapter` that are not those of the checkpoint that it was written from."""
+    with safe_open(checkpoint, framework="pt") as before, safe_open(adapter, framework="pt") as after:
+        saved = {name.replace(".default", ""): name for name in before.keys()}  # noqa: SIM118  # safe_open has no __iter__
+        found = set(after.keys())
+        if saved.keys() != found:
+            return [f"adapter: {name} is not in both it and its checkpoint" for name in sorted(saved.keys() ^ found)]
+        return [
+            f"adapter: {name} is not what the best checkpoint holds"
+            for name in sorted(found)
+            if not torch.equal(after.get_tensor(name), before.get_tensor(saved[name]).to(after.get_tensor(name).dtype))
+        ]
+
+
 def head_faults(base: Model, merged: Model | None, headers: Mapping[str, Header]) -> list[str]:
     """Return each file whose head and embedding are tied where the base's are not, or the other way."""
     faults = []
@@ -262,7 +276,7 @@ class Comparison:
     """Standard error of `kept` that the rounding alone makes."""
 
 
-def compare_weights(path: Path, base: Model, merged: Model, *, done: Callable[[], None] = lambda: None) -> Comparison:
+def compare_weights(path: Path, base: Model, merged: Model, adapted: set[str]) -> Comparison:
     """Return how the tensors of the GGUF file `path` compare with `merged`, and how much of merged - base they hold.
 
     `kept` is the projection of (file - base) on (merged - base), over all adapted weights at once: rounding errors
@@ -275,7 +289,6 @@ def compare_weights(path: Path, base: Model, merged: Model, *, done: Callable[[]
     worst, worst_tensor = 0.0, ""
     for name, wanted in layout.sources.items():
         tensor = tensors.pop(name, None)
-        done()
         if tensor is None or tuple(int(n) for n in reversed(tensor.shape)) != merged.weights.shape(wanted):
             faults.append(f"{name} is {'missing' if tensor is None else 'of another shape'}")
             continue
@@ -284,7 +297,8 @@ def compare_weights(path: Path, base: Model, merged: Model, *, done: Callable[[]
             continue
         limit = ROW_ERROR_LIMITS[tensor.tensor_type]
         entry = sums.setdefault(tensor.tensor_type.name, _Sums())
-        row = _compare_tensor(tensor, layout.rows(wanted, merged), layout.rows(wanted, base), entry, change)
+        before = layout.rows(wanted, base) if wanted in adapted and wanted in base.weights else None
+        row = _compare_tensor(tensor, layout.rows(wanted, merged), before, entry, change)
         if not row / limit <= worst:
             worst, worst_tensor = row / limit, f"{name} ({tensor.tensor_type.name}, row error {row:.4f} of {limit})"
     faults += layout.check_rest(tensors)
@@ -298,10 +312,10 @@ def _architecture(path: Path) -> str:
     return str(read_header(path).metadata["general.architecture"])
 
 
-def _compare_tensor(tensor: Any, wanted: Floats, before: Floats, entry: _Sums, change: _Projection) -> float:
+def _compare_tensor(tensor: Any, wanted: Floats, before: Floats | None, entry: _Sums, change: _Projection) -> float:
     """Return the largest relative error of a row, and add the tensor to the sums."""
     data = tensor.data.reshape(-1, tensor.data.shape[-1])
-    wanted, before = wanted.reshape(len(data), -1), before.reshape(len(data), -1)
+    wanted = wanted.reshape(len(data), -1)
     step = max(1, CHUNK_VALUES // wanted.shape[1])
     worst = 0.0
     for start in range(0, len(data), step):
@@ -312,7 +326,8 @@ def _compare_tensor(tensor: Any, wanted: Floats, before: Floats, entry: _Sums, c
         norms = np.einsum("ij,ij->i", wanted[part], wanted[part])
         worst = max(worst, float(np.sqrt(errors / np.maximum(norms, 1e-20)).max()))
         entry.add(errors, norms, error.size)
-        change.add(decoded, before[part], wanted[part], float(errors.sum()) / error.size)
+        if before is not None:
+            change.add(decoded, before[part], wanted[part], float(errors.sum()) / error.size)
     entry.end(worst, tensor.n_bytes)
     return worst
 

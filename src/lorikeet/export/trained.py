@@ -76,7 +76,7 @@ class TorchModel:
         self._model: Any = model.eval()
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Self:
+    def load(cls, folder: Path, dtype: torch.dtype | str) -> Self:
         """Return the model in `folder`; raises OSError, ValueError or KeyError if it cannot be read."""
         return cls(_load(folder, dtype))
 
@@ -155,6 +155,19 @@ class AdapterModel(TorchModel):
             warnings.simplefilter("ignore")  # PEFT warns of what transformers renamed, and of keys it leaves out
             return cls(PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False))
 
+    def adapted(self) -> set[str]:
+        """Return the names, in the base, of the weights that the adapter changes."""
+        return {name for name, _ in self._layers()}
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        from peft.tuners.lora import LoraLayer
+
+        return [
+            (path.removeprefix("base_model.model.") + ".weight", layer)
+            for path, layer in self._model.named_modules()
+            if isinstance(layer, LoraLayer)
+        ]
+
     def base_answer(self, prompts: Sequence[Sequence[int]], *, stop_ids: set[int], most_tokens: int) -> list[Greedy]:
         """Return the untuned base's greedy answers."""
         with self._model.disable_adapter():
@@ -166,19 +179,15 @@ class AdapterModel(TorchModel):
 
         The model cannot be used afterwards: its layers are merged and let go one by one.
         """
-        from peft.tuners.lora import LoraLayer
-
         result = MergedWeights()
-        for path, layer in self._model.named_modules():
-            if isinstance(layer, LoraLayer):
-                name = path.removeprefix("base_model.model.") + ".weight"
-                linear = layer.get_base_layer()
-                linear.weight.data = linear.weight.data.float()
-                before = linear.weight.data.clone()
-                layer.merge(safe_merge=False)
-                result.add(name, before, linear.weight.data, merged)
-                linear.weight.data = torch.empty(0)
-                done()
+        for name, layer in self._layers():
+            linear = layer.get_base_layer()
+            linear.weight.data = linear.weight.data.float()
+            before = linear.weight.data.clone()
+            layer.merge(safe_merge=False)
+            result.add(name, before, linear.weight.data, merged)
+            linear.weight.data = torch.empty(0)
+            done()
         return result
 
 
@@ -218,7 +227,7 @@ class MergedWeights:
         self._size += float((change * change).sum(dtype=torch.float64))
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()

@@ -19,7 +19,7 @@ from lorikeet.config import TuneConfig
 from lorikeet.errors import MachineError
 from lorikeet.files import require_disk
 from lorikeet.prompt import Encoded
-from lorikeet.run import resident_bytes
+from lorikeet.run import free_bytes, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import trained_parameters
 from lorikeet.tune.batches import Batch, pack_all
@@ -99,23 +99,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that this process may still take: the GPU's, else the machine's or the container's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = _meminfo("MemAvailable:")
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
-            free = min(free, max(0, int(text) - int(Path(used).read_text())))
-    return free
-
-
-def _meminfo(key: str) -> int:
-    file = Path("/proc/meminfo")
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    return 1 << 62  # where the system does not say, nothing is refused
+    return free_bytes()
 
 
 def require_room_for_weights(folder: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool) -> None:
