@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from lorikeet.card import card, public_base
 from lorikeet.errors import HubError, InputError, LorikeetError
 from lorikeet.export.modelfile import NAME as MODELFILE
-from lorikeet.export.modelfile import repository_files
+from lorikeet.export.modelfile import parse, repository_files
 from lorikeet.run import RunFolder
 
 if TYPE_CHECKING:
@@ -100,9 +100,10 @@ def plan(run: RunFolder, certified: dict[str, dict[str, str]], *, repo: str, for
             path = source if source.is_file() else source / file
             files.append(_without_paths(Upload(name, path, digest), base["hub"] or base["name"]))
     if "gguf" in formats and run.manifest().get("modelfile", {}).get("complete"):
-        modelfile = (run.root / MODELFILE).read_text(encoding="utf-8")
-        served = next(file.name for file in files if file.name.lower().endswith(".gguf"))
-        files += [Upload(name, text.encode()) for name, text in repository_files(modelfile, gguf=served).items()]
+        text = (run.root / MODELFILE).read_text(encoding="utf-8")
+        artefact = parse(text).source.removeprefix("./")
+        gguf = _name_in_repository(artefact, artefact.rpartition("/")[2], repo)
+        files += [Upload(name, part.encode()) for name, part in repository_files(text, gguf=gguf).items()]
     return files
 
 
@@ -198,7 +199,10 @@ def _hub_session(repo: str) -> Iterator[HfApi]:
     except LorikeetError:
         raise
     except Exception as error:
-        raise _explained(error, repo, api.endpoint) from error
+        explained = _explained(error, repo, api.endpoint)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         constants.HF_HUB_DISABLE_XET = xet_disabled
         close_session()
@@ -229,8 +233,8 @@ def _hide_signatures(record: logging.LogRecord) -> bool:
     return True
 
 
-def _explained(error: Exception, repo: str, endpoint: str) -> Exception:
-    """Return what a person can do about an error of the hub's client; the error itself if it is another's."""
+def _explained(error: Exception, repo: str, endpoint: str) -> LorikeetError | None:
+    """Return what a person can do about an error of the hub's client; None if it is another's."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -244,7 +248,7 @@ def _explained(error: Exception, repo: str, endpoint: str) -> Exception:
     if modules & {"httpx", "httpx2", "httpcore", "huggingface_hub", "hf_xet"} or isinstance(error, OSError):
         reason = " ".join(str(error).split())[:200]
         return HubError(f"cannot reach the hub at {endpoint} ({reason}); run again, what has arrived is not sent again")
-    return error
+    return None
 
 
 def _refused(response: Any, repo: str, endpoint: str) -> LorikeetError:
