@@ -26,6 +26,7 @@ from lorikeet.config import (
     ProveConfig,
     ServeConfig,
     TuneConfig,
+    VerifyConfig,
 )
 from lorikeet.errors import InputError, LorikeetError
 
@@ -155,19 +156,55 @@ def tune(
 
 
 @app.command
-def export(run: Path, config: ExportConfig | None = None) -> int:
-    """Write a run's artefacts: adapter, merged 16-bit weights, GGUF.
+def export(run: Path, config: ExportConfig | None = None, *, verify: bool = True) -> int:
+    """Write a run's artefacts: adapter, merged 16-bit weights, GGUF; exits 1 if they are not the model that was tuned.
 
     Parameters
     ----------
     run
         The run folder.
+    verify
+        Compare the artefacts with what was tuned; without it, `verify` does so later.
     """
     from lorikeet.export.stage import export as export_run
 
     export_run(run, config or ExportConfig())
+    if verify:
+        from lorikeet.export.parity import describe
+        from lorikeet.export.parity import verify as verify_run
+
+        certificate = verify_run(run, VerifyConfig())
+        for line in describe(certificate):
+            _say(line)
+        if not certificate["pass"]:
+            _say(f"report: {run / 'reports' / 'parity.html'}")
+            return 1
     _say(f"next: lorikeet prove {run}")
     return 0
+
+
+@app.command
+def verify(run: Path, config: VerifyConfig | None = None, *, json: Json = False) -> int:
+    """Check that adapter, merged weights, GGUF files and the served route are one model; exits 1 if they are not.
+
+    Parameters
+    ----------
+    run
+        The run folder, exported.
+    json
+        Print the certificate as one JSON document.
+    """
+    from lorikeet.export.parity import describe
+    from lorikeet.export.parity import verify as verify_run
+
+    certificate = verify_run(run, config or VerifyConfig())
+    if json:
+        print(json_module.dumps(certificate, indent=2))
+    else:
+        for line in describe(certificate):
+            print(line)
+        print(f"report: {run / 'reports' / 'parity.html'}")
+    return 0 if certificate["pass"] else 1
 
 
 @app.command
@@ -335,7 +372,13 @@ def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:
 
 def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
     """Raise InputError for a table or key that no stage has, naming the nearest."""
-    stages = {"tune": TuneConfig, "export": ExportConfig, "prove": ProveConfig, "serve": ServeConfig}
+    stages = {
+        "tune": TuneConfig,
+        "export": ExportConfig,
+        "verify": VerifyConfig,
+        "prove": ProveConfig,
+        "serve": ServeConfig,
+    }
     for stage, values in recipe.items():
         if stage not in stages or not isinstance(values, dict):
             raise InputError(f"{path}: [{stage}] is no stage; a recipe has the tables {', '.join(stages)}")

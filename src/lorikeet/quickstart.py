@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL, ExportConfig, ProveConfig, TuneConfig
+from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL, ExportConfig, ProveConfig, TuneConfig, VerifyConfig
 from lorikeet.errors import InputError
 from lorikeet.run import RunFolder
 
@@ -46,10 +46,14 @@ def run_quickstart(out: Path, *, minutes: float) -> Path:
     from lorikeet.tune.loop import tune
 
     tune(replace(RECIPE, max_minutes=minutes), out=root)
-    _title(2, "export", "adapter, merged 16-bit, GGUF f16 and q8_0")
+    _title(2, "export", "adapter, merged 16-bit, GGUF f16 and q8_0; is each the model that was tuned?")
     from lorikeet.export.stage import export
 
     export(root, ExportConfig())
+    from lorikeet.export.parity import describe, verify
+
+    for line in describe(verify(root, VerifyConfig())):
+        print(line, file=sys.stderr)
     _title(3, "prove", "base against tuned, on conversations that tuning never saw")
     from lorikeet.prove.stage import prove
 

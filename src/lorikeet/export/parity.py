@@ -153,6 +153,21 @@ def verify(root: Path, config: VerifyConfig) -> dict[str, Any]:
     return certificate
 
 
+def describe(certificate: dict[str, Any]) -> list[str]:
+    """Return a certificate in words: its verdict, what failed and why, what was not checked."""
+    failed = [check for check in certificate["checks"] if not check["pass"]]
+    count, seconds = len(certificate["checks"]), certificate["seconds"]
+    lines = [
+        f"parity: {f'{len(failed)} of {count} checks FAILED' if failed else f'all {count} checks passed'} in {seconds:.0f} s"
+    ]
+    for check in failed:
+        why = f"; {check['notes'][0]}" if check["notes"] else ""
+        lines.append(
+            f"  FAILED  {check['name']} ({check['artefact']}): {check['value']}, at most {check['limit']}{why}"
+        )
+    return [*lines, *(f"  not checked: {line}" for line in certificate["not_checked"])]
+
+
 def gguf_name(quant: str) -> str:
     """Return the artefact's name of a GGUF type."""
     return f"gguf/model-{quant}.gguf"
