@@ -111,7 +111,8 @@ def collect(
     chosen = _up_to(rows, MAX_TOKENS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = torch.float32 if (device, dtype) == ("cpu", "float16") else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True)
+    model = loaded.to(device).eval()
     named = {name_of(f"{name}.weight") or "": module for name, module in model.named_modules()}
     linear = {name: module for name, module in named.items() if _is_layer(name, module)}
     sums = {name: torch.zeros(module.in_features, device=device) for name, module in linear.items()}

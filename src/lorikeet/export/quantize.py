@@ -1,12 +1,11 @@
-"""Rows of float32 weights -> llama.cpp's quantised blocks, in numpy: nothing to compile, nothing to install.
+"""Rows of float32 weights -> llama.cpp's quantised blocks, compiled by numba as it runs: no compiler is needed.
 
     packed = quantize(rows, GGMLQuantizationType.Q4_K, importance=importance)     # (rows, bytes of a row)
 
-A block stores small integers and what they are multiplied by. Finding a good multiplier is the work: each block tries
-several, keeps the one with the least weighted squared error, and then fits multipliers and integers to each other.
-Blocks lie in columns here, values (block, blocks), so that every step is a pass over long contiguous rows, and a piece
-of the tensor is small enough to stay in a core's cache. Only correctly rounded operations in a fixed order are used:
-the same weights give the same bytes on any machine and any number of threads.
+A block stores small whole numbers, its codes, and what they are multiplied by. Finding a good multiplier is the work:
+every block tries many, keeps the one with the least weighted squared error, and fits multiplier and codes to each other
+until the end. Many blocks go side by side, as lanes of the processor's vectors. The order of additions is fixed
+and nothing is fused, so the same weights give the same bytes on any machine and any number of threads.
 
 It knows nothing of tensors' names or of files. `mix` says which type a tensor gets.
 """
@@ -14,22 +13,44 @@ It knows nothing of tensors' names or of files. `mix` says which type a tensor g
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES
+from numba import njit
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-PIECE_VALUES = 1 << 15
-"""Values that one thread works on at a time: with the scratch space beside them they fit a core's second-level cache."""
+PIECE_VALUES = 1 << 17
+"""Values that one thread works on at a time: few enough for the caches."""
+
+LANES = 64
+"""Blocks that go side by side."""
 
 FLOAT16_MAX = 65_504.0
+
+REFINEMENTS = 3
+"""How often the best multiplier of all tries is fitted to its own codes again."""
+
+ROUNDS = 2
+"""How often the codes of a super-block's multipliers and the steps between them are fitted to each other."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _compiled(function: Function) -> Function:
+    """Return `function`, compiled when first called and kept for the next process where a folder can be written to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)  # type: ignore[no-any-return]  # numba is not annotated
+    except RuntimeError:  # no place for its cache
+        return njit(**options)(function)  # type: ignore[no-any-return]  # numba is not annotated
 
 
 def quantize(rows: Floats, kind: Kind, *, importance: Floats | None = None, threads: int | None = None) -> Bytes:
@@ -37,7 +58,7 @@ def quantize(rows: Floats, kind: Kind, *, importance: Floats | None = None, thre
 
     `importance`, shape (columns,), is the mean of the squared inputs that each column is multiplied with; the error of
     a weight then counts by it. Columns must be a multiple of the block. Raises ValueError for values that are not
-    finite or that no block can hold, and for a kind that is not in `KINDS`.
+    finite or that float16 cannot hold, and for a kind that is not in `KINDS`.
     """
     if kind not in _ENCODERS:
         raise ValueError(f"{kind.name} cannot be written; known are {', '.join(k.name for k in KINDS)}")
@@ -68,67 +89,113 @@ def check_finite(values: Floats) -> None:
         raise ValueError(f"a value of {largest:.3g}, more than float16 holds")
 
 
-# ------------------------------------------------------------------------------------------------ blocks and weights
+# ------------------------------------------------------------------------------------------------- blocks in lanes
+#
+# Arrays of values have shape (groups, parts, size, LANES): a lane is one block of the format, its parts are what has a
+# multiplier of its own. Arrays of multipliers have shape (groups, parts, LANES). ONE and ZERO keep numba in float32.
+
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+
+MAGIC = np.float32(1.5 * 2**23)
+"""Added and taken away again it leaves the nearest whole number, halves to even, for what is within four million."""
+
+ALIKE = np.float32(1e-6)
+"""Codes that vary by less than this, relatively, are all the same but for rounding."""
 
 
 class _Blocks:
-    """Blocks in columns: values and the weights of their errors, shape (block, blocks), with room to try codes in."""
+    """The blocks of a piece: values and how much the error of each counts."""
 
-    def __init__(self, piece: Floats, size: int, importance: Floats | None) -> None:
-        self.values = _columns(piece, size)
-        self.weights = _error_weights(piece, size, importance, self.values)
-        self.weighted = self.weights * self.values
-        self.codes = np.empty_like(self.values)
-        self._room = np.empty_like(self.values)
-        self.sum_w = self.weights.sum(axis=0)
-        self.sum_wx = self.weighted.sum(axis=0)
-        self.sum_wxx = np.multiply(self.weighted, self.values, out=self._room).sum(axis=0)
+    def __init__(self, piece: Floats, importance: Floats | None, *, parts: int, size: int) -> None:
+        self.count = piece.size // (parts * size)
+        groups = -(-self.count // LANES)
+        self.values: Floats = np.zeros((groups, parts, size, LANES), dtype=np.float32)
+        self.weights: Floats = np.ones_like(self.values)
+        _lay_out(piece, _floored(importance, piece.shape[1]), importance is not None, self.values, self.weights)
 
-    def round(self, inverse: Floats, offset: Floats | None, low: float, high: float) -> None:
-        """Set `codes` to the nearest whole numbers to values * inverse + offset, held within `low` and `high`."""
-        np.multiply(self.values, inverse, out=self.codes)
-        if offset is not None:
-            np.add(self.codes, offset, out=self.codes)
-        np.rint(self.codes, out=self.codes)
-        np.clip(self.codes, low, high, out=self.codes)
+    def multipliers(self) -> Floats:
+        """Return room for one number of each part, shape (groups, parts, LANES)."""
+        groups, parts, _, lanes = self.values.shape
+        return np.zeros((groups, parts, lanes), dtype=np.float32)
 
-    def sums(self, *, plain: bool = True) -> tuple[Floats, Floats, Floats]:
-        """Return the weighted sums of code (zeros unless `plain`), squared code, and value times code of each block."""
-        sum_xq = _sum(np.multiply(self.weighted, self.codes, out=self._room))
-        room = np.multiply(self.weights, self.codes, out=self._room)
-        sum_q = _sum(room) if plain else np.zeros_like(sum_xq)
-        return sum_q, _sum(np.multiply(room, self.codes, out=room)), sum_xq
+    def codes(self, scale: Floats, offset: Floats, low: int, high: int) -> Bytes:
+        """Return the codes of all values, less `low`, for their parts' multipliers and offsets, shape (block, part, size)."""
+        codes: Bytes = np.empty(self.values.shape, dtype=np.uint8)
+        _encode(self.values, scale, offset, np.float32(low), np.float32(high), codes)
+        blocks: Bytes = self.by_block(codes)
+        return blocks
+
+    def by_block(self, lanes: Any) -> Any:
+        """Return an array whose first axis is the group and last the lane as one whose first axis is the block."""
+        return np.moveaxis(lanes, -1, 1).reshape(-1, *lanes.shape[1:-1])[: self.count]
 
 
-def _sum(room: Floats) -> Floats:
-    """Return the sum of every column."""
-    total: Floats = np.add.reduce(room, axis=0)
-    return total
-
-
-def _columns(piece: Floats, size: int) -> Floats:
-    """Return the blocks of `piece` as columns, shape (size, blocks)."""
-    return np.ascontiguousarray(piece.reshape(-1, size).T)
-
-
-def _error_weights(piece: Floats, size: int, importance: Floats | None, values: Floats) -> Floats:
-    """Return how much the error of each value counts, shape (size, blocks).
-
-    Without importance every error counts the same. With it, the importance of the column times sqrt(s + x**2), s being
-    the row's mean square: llama.cpp's rule, which keeps large weights of a row exact beyond what the importance says.
-    """
+def _floored(importance: Floats | None, columns: int) -> Floats:
+    """Return importance in which no column counts for nothing; ones where there is none."""
     if importance is None:
-        return np.ones_like(values)
-    rows = len(piece)
-    floor = max(float(importance.mean()) * 1e-6, float(np.finfo(np.float32).tiny))
-    by_column = np.maximum(importance, np.float32(floor)).reshape(-1, size).T
-    energy = np.repeat(np.mean(np.square(piece), axis=1), piece.shape[1] // size)
-    return np.asarray(np.tile(by_column, rows) * np.sqrt(np.square(values) + energy), dtype=np.float32)
+        return np.ones(columns, dtype=np.float32)
+    least = max(float(importance.mean()) * 1e-6, float(np.finfo(np.float32).tiny))
+    return np.maximum(importance, np.float32(least))
 
 
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """Return above / below, and 0 where below is 0."""
-    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+@_compiled
+def _lay_out(piece: Floats, importance: Floats, weighted: bool, values: Floats, weights: Floats) -> None:
+    """Put the blocks of `piece`, shape (rows, columns), into lanes.
+
+    If `weighted`, an error counts by the column's importance times sqrt(s + x**2), s being the mean square of the row:
+    llama.cpp's rule, which keeps large weights exact beyond what the importance says.
+    """
+    rows, columns = piece.shape
+    _, parts, size, _ = values.shape
+    per_row = columns // (parts * size)
+    for row in range(rows):
+        energy = 0.0
+        for column in range(columns):
+            energy += piece[row, column] * piece[row, column]
+        mean = np.float32(energy / columns)
+        for block in range(per_row):
+            group, lane = (row * per_row + block) // LANES, (row * per_row + block) % LANES
+            for part in range(parts):
+                first = (block * parts + part) * size
+                for place in range(size):
+                    value = piece[row, first + place]
+                    values[group, part, place, lane] = value
+                    if weighted:
+                        weights[group, part, place, lane] = importance[first + place] * np.sqrt(mean + value * value)
+
+
+@_compiled
+def _tally(
+    x: Floats, w: Floats, inverse: Floats, shift: Floats, low: Any, high: Any, q: Floats, qq: Floats, xq: Floats
+) -> None:
+    """Round x * inverse + shift to codes and set the weighted sums of code, squared code, and value times code.
+
+    `x` and `w` have shape (size, LANES), the others (LANES,).
+    """
+    for lane in range(LANES):
+        q[lane] = qq[lane] = xq[lane] = ZERO
+    for place in range(x.shape[0]):
+        for lane in range(LANES):
+            code = (x[place, lane] * inverse[lane] + shift[lane] + MAGIC) - MAGIC
+            code = min(max(code, low), high)
+            share = w[place, lane] * code
+            q[lane] += share
+            qq[lane] += share * code
+            xq[lane] += share * x[place, lane]
+
+
+@_compiled
+def _encode(values: Floats, scale: Floats, offset: Floats, low: Any, high: Any, codes: Bytes) -> None:
+    """Set the codes of all values, less `low`, for the multipliers and offsets of their parts."""
+    groups, parts, size, _ = values.shape
+    for group in range(groups):
+        for part in range(parts):
+            for place in range(size):
+                for lane in range(LANES):
+                    by = scale[group, part, lane]
+                    inverse = ONE / by if by != ZERO else ZERO
+                    code = ((values[group, part, place, lane] - offset[group, part, lane]) * inverse + MAGIC) - MAGIC
+                    codes[group, part, place, lane] = np.uint8(min(max(code, low), high) - low)
 
 
 def _half(value: Floats) -> Floats:
@@ -136,79 +203,81 @@ def _half(value: Floats) -> Floats:
     return np.clip(value, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).astype(np.float32)
 
 
+def _float16(values: Floats) -> Bytes:
+    """Return values, shape (blocks,), as little-endian float16, shape (blocks, 2)."""
+    return np.ascontiguousarray(values, dtype="<f2").view(np.uint8).reshape(-1, 2)
+
+
 # ------------------------------------------------------------------------------------- one multiplier, codes around 0
 
 
-def _fit_scale(blocks: _Blocks, low: int, high: int, tries: Sequence[float]) -> Floats:
-    """Return the multiplier of each block, shape (blocks,), such that multiplier * code is nearest to its values.
+@_compiled
+def _fit_scales(values: Floats, weights: Floats, low: Any, high: Any, tries: Floats, scale: Floats) -> None:
+    """Set the multiplier of each part such that multiplier * code, code from `low` to `high`, is nearest to its values.
 
-    Codes are whole numbers from `low` to `high`. A try t rounds with the multiplier that makes the largest value the
-    code t, and is followed by the multiplier that fits those codes best, sum(wxq) / sum(wqq); the best of all is then
-    refined by rounding with itself.
+    A try t rounds with the multiplier that makes the largest value the code t, and is followed by the multiplier that
+    fits those codes best, sum(wxq) / sum(wqq). The best of all is fitted to its own codes again.
     """
-    values = blocks.values
-    peak = values[np.abs(values).argmax(axis=0), np.arange(values.shape[1])]
-    per_peak = _ratio(np.ones_like(peak), peak)
-    scale, best = np.zeros_like(peak), np.zeros_like(peak)
+    groups, parts, size, _ = values.shape
+    peak, inverse, shift = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.zeros(LANES, np.float32)
+    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    for group in range(groups):
+        for part in range(parts):
+            x, w, fitted = values[group, part], weights[group, part], scale[group, part]
+            for lane in range(LANES):
+                peak[lane] = best[lane] = fitted[lane] = ZERO
+            for place in range(size):
+                for lane in range(LANES):
+                    if abs(x[place, lane]) > abs(peak[lane]):
+                        peak[lane] = x[place, lane]
+            for number in range(len(tries) + REFINEMENTS):
+                for lane in range(LANES):
+                    if number < len(tries):
+                        inverse[lane] = tries[number] / peak[lane] if peak[lane] != ZERO else ZERO
+                    else:
+                        inverse[lane] = ONE / fitted[lane] if fitted[lane] != ZERO else ZERO
+                _tally(x, w, inverse, shift, low, high, q, qq, xq)
+                for lane in range(LANES):
+                    tried = xq[lane] / qq[lane] if qq[lane] > ZERO else ZERO
+                    if tried * xq[lane] > best[lane]:
+                        best[lane], fitted[lane] = tried * xq[lane], tried
 
-    def attempt(inverse: Floats) -> None:
-        blocks.round(inverse, None, low, high)
-        _, sum_qq, sum_xq = blocks.sums(plain=False)
-        fitted = _ratio(sum_xq, sum_qq)
-        gain = fitted * sum_xq
-        better = gain > best
-        np.copyto(best, gain, where=better)
-        np.copyto(scale, fitted, where=better)
 
-    for code in tries:
-        attempt(np.float32(code) * per_peak)
-    for _ in range(REFINEMENTS):
-        attempt(_ratio(np.ones_like(scale), scale))
-    return scale
+def _tries(low: int, high: int, *, around_low: int, around_high: int) -> Floats:
+    """Return the codes that the largest value of a block is tried as: most around `low`, some around `high`.
 
-
-REFINEMENTS = 2
-
-
-def _tries(low: int, high: int, count: int, opposite: int) -> tuple[float, ...]:
-    """Return the codes that the largest value of a block is tried as: around `low`, and around `high` as well."""
-    wide = [low * (1.4 - 0.6 * step / (count - 1)) for step in range(count)]
-    other = [high * (1.1 - 0.2 * step / max(1, opposite - 1)) for step in range(opposite)]
-    return (*wide, *other)
+    Below `low` the largest values are cut off; far above it fewer codes are used, which fits weights that lie on a
+    coarser grid already.
+    """
+    first = low * np.linspace(1.2, 0.5, around_low)
+    return np.concatenate([first, high * np.linspace(1.2, 0.8, around_high)]).astype(np.float32)
 
 
 def _symmetric(bits: int) -> Callable[[Floats, Floats | None], Bytes]:
-    """Return the encoder of Q4_0 or Q5_0: float16 multiplier, codes from -2**(bits - 1), 32 to a block."""
+    """Return the encoder of Q4_0 or Q5_0: a float16 multiplier and 32 codes from -2**(bits - 1)."""
     half = 1 << (bits - 1)
-    tries = _tries(-half, half - 1, 18, 3)
+    tries = _tries(-half, half - 1, around_low=36, around_high=8)
 
     def encode(piece: Floats, importance: Floats | None) -> Bytes:
-        blocks = _Blocks(piece, 32, importance)
-        scale = _half(_fit_scale(blocks, -half, half - 1, tries))
-        blocks.round(_ratio(np.ones_like(scale), scale), None, -half, half - 1)
-        codes = (blocks.codes + half).astype(np.uint8)
-        return np.hstack([_float16(scale), *_split(codes, bits)])
+        blocks = _Blocks(piece, importance, parts=1, size=32)
+        scale = blocks.multipliers()
+        _fit_scales(blocks.values, blocks.weights, np.float32(-half), np.float32(half - 1), tries, scale)
+        scale = _half(scale)
+        codes = blocks.codes(scale, np.zeros_like(scale), -half, half - 1)[:, 0]
+        return np.hstack([_float16(blocks.by_block(scale)[:, 0]), *_split(codes, bits)])
 
     return encode
 
 
 def _split(codes: Bytes, bits: int) -> list[Bytes]:
-    """Return codes, shape (32, blocks), as bytes: the fifth bits as one 32-bit word if there are any, then the low four.
+    """Return codes, shape (blocks, 32), as bytes: a 32-bit word of the fifth bits if there are any, then the low four.
 
     The low bits of code i and of code i + 16 share a byte.
     """
     low = codes & 15
-    nibbles = (low[:16] | low[16:] << 4).T
-    return [_fifth_bits(codes), nibbles] if bits == 5 else [nibbles]
-
-
-def _fifth_bits(codes: Bytes) -> Bytes:
-    return np.packbits((codes >> 4).T.astype(bool), axis=1, bitorder="little")
-
-
-def _float16(values: Floats) -> Bytes:
-    """Return values, shape (blocks,), as little-endian float16, shape (blocks, 2)."""
-    return values.astype("<f2").view(np.uint8).reshape(-1, 2)
+    nibbles: Bytes = (low[:, :16] | low[:, 16:] << 4).astype(np.uint8)
+    return [np.packbits(codes >> 4, axis=1, bitorder="little"), nibbles] if bits == 5 else [nibbles]
 
 
 def _encode_q8_0(piece: Floats, _: Floats | None) -> Bytes:
@@ -220,210 +289,268 @@ def _encode_q8_0(piece: Floats, _: Floats | None) -> Bytes:
 # -------------------------------------------------------------------------- multiplier and offset, codes from 0 upwards
 
 
-def _fit_line(blocks: _Blocks, high: int, tries: Sequence[float], *, below_zero: bool) -> tuple[Floats, Floats]:
-    """Return multiplier and offset of each block such that multiplier * code + offset is nearest to its values.
+@_compiled
+def _fit_lines(
+    values: Floats, weights: Floats, high: Any, tries: Floats, below_zero: bool, scale: Floats, offset: Floats
+) -> None:
+    """Set multiplier and offset of each part such that multiplier * code + offset, code from 0 to `high`, is nearest.
 
-    Codes are whole numbers from 0 to `high`; with `below_zero` the offset is never positive. A try t spreads the values
-    over the codes from 0 to t, and is followed by the line that fits those codes best; the best of all is then refined
-    by rounding with itself.
+    With `below_zero` the offset is never positive. A try (t, u) gives the smallest value the code u and the largest
+    the code t, and is followed by the line that fits those codes best: weighted least squares, or the best multiplier
+    without an offset where that may not be. The best of all is fitted to its own codes again.
     """
-    lowest, highest = blocks.values.min(axis=0), blocks.values.max(axis=0)
-    if below_zero:
-        lowest = np.minimum(lowest, 0)
-    per_spread = _ratio(np.ones_like(lowest), highest - lowest)
-    scale, offset = np.zeros_like(lowest), lowest.copy()
-    best = np.full_like(lowest, -np.inf)
+    groups, parts, size, _ = values.shape
+    inverse, shift, best = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_w, sum_wx = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    lowest, highest = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for group in range(groups):
+        for part in range(parts):
+            x, w, slope, start = values[group, part], weights[group, part], scale[group, part], offset[group, part]
+            for lane in range(LANES):
+                lowest[lane] = highest[lane] = x[0, lane]
+                sum_w[lane] = sum_wx[lane] = ZERO
+            for place in range(size):
+                for lane in range(LANES):
+                    lowest[lane] = min(lowest[lane], x[place, lane])
+                    highest[lane] = max(highest[lane], x[place, lane])
+                    sum_w[lane] += w[place, lane]
+                    sum_wx[lane] += w[place, lane] * x[place, lane]
+            for lane in range(LANES):
+                if below_zero:
+                    lowest[lane] = min(lowest[lane], ZERO)
+                slope[lane], start[lane], best[lane] = ZERO, lowest[lane], -np.float32(np.inf)
+            for number in range(len(tries) + REFINEMENTS):
+                for lane in range(LANES):
+                    if number < len(tries):
+                        spread = highest[lane] - lowest[lane]
+                        inverse[lane] = (tries[number, 0] - tries[number, 1]) / spread if spread > ZERO else ZERO
+                        shift[lane] = tries[number, 1] - lowest[lane] * inverse[lane]
+                    else:
+                        inverse[lane] = ONE / slope[lane] if slope[lane] > ZERO else ZERO
+                        shift[lane] = -start[lane] * inverse[lane]
+                _tally(x, w, inverse, shift, ZERO, high, q, qq, xq)
+                for lane in range(LANES):
+                    area = sum_w[lane] * qq[lane] - q[lane] * q[lane]
+                    tried = ZERO
+                    if area > ALIKE * sum_w[lane] * qq[lane]:
+                        tried = (sum_w[lane] * xq[lane] - sum_wx[lane] * q[lane]) / area
+                    at = (sum_wx[lane] - tried * q[lane]) / sum_w[lane]
+                    if below_zero and at > ZERO:
+                        at, tried = ZERO, (xq[lane] / qq[lane] if qq[lane] > ZERO else ZERO)
+                    gain = tried * xq[lane] + at * sum_wx[lane]
+                    if gain > best[lane]:
+                        best[lane], slope[lane], start[lane] = gain, tried, at
 
-    def attempt(inverse: Floats, start: Floats) -> None:
-        blocks.round(inverse, -start * inverse, 0, high)
-        slope, at, gain = _line(blocks, below_zero=below_zero)
-        better = gain > best
-        for kept, new in ((best, gain), (scale, slope), (offset, at)):
-            np.copyto(kept, new, where=better)
 
-    for code in tries:
-        attempt(np.float32(code) * per_spread, lowest)
-    for _ in range(REFINEMENTS):
-        attempt(_ratio(np.ones_like(scale), scale), offset)
-    return scale, offset
-
-
-def _line(blocks: _Blocks, *, below_zero: bool) -> tuple[Floats, Floats, Floats]:
-    """Return slope and offset that fit the codes of each block best, and by how much they lessen the error from sum(wxx).
-
-    Weighted least squares; where the offset would be positive and may not be, the best slope through 0.
-    """
-    sum_q, sum_qq, sum_xq = blocks.sums()
-    spread = blocks.sum_w * sum_qq - np.square(sum_q)
-    spread[spread <= np.float32(1e-6) * blocks.sum_w * sum_qq] = 0  # all codes are the same
-    slope = _ratio(blocks.sum_w * sum_xq - blocks.sum_wx * sum_q, spread)
-    offset = _ratio(blocks.sum_wx - slope * sum_q, blocks.sum_w)
-    if below_zero:
-        slope = np.where(offset > 0, _ratio(sum_xq, sum_qq), slope)
-        offset = np.minimum(offset, 0)
-    return slope, offset, slope * sum_xq + offset * blocks.sum_wx
+def _spreads(high: int) -> Floats:
+    """Return the pairs of codes that the largest and the smallest value of a block are tried as, shape (tries, 2)."""
+    tops = [(high + change, 0.0) for change in np.linspace(-1.2, 1.2, 25)]
+    both = [(high + change, -change) for change in (-0.5, -0.25, 0.15, 0.3, 0.45, 0.6)]
+    return np.array([*tops, *both], dtype=np.float32)
 
 
 def _with_offset(bits: int) -> Callable[[Floats, Floats | None], Bytes]:
-    """Return the encoder of Q4_1 or Q5_1: float16 multiplier and offset, codes from 0, 32 to a block."""
+    """Return the encoder of Q4_1 or Q5_1: float16 multiplier and offset, and 32 codes from 0."""
     high = (1 << bits) - 1
+    tries = _spreads(high)
 
     def encode(piece: Floats, importance: Floats | None) -> Bytes:
-        blocks = _Blocks(piece, 32, importance)
-        scale, offset = _fit_line(blocks, high, _spreads(high), below_zero=False)
+        blocks = _Blocks(piece, importance, parts=1, size=32)
+        scale, offset = blocks.multipliers(), blocks.multipliers()
+        _fit_lines(blocks.values, blocks.weights, np.float32(high), tries, False, scale, offset)
         scale, offset = _half(scale), _half(offset)
-        inverse = _ratio(np.ones_like(scale), scale)
-        blocks.round(inverse, -offset * inverse, 0, high)
-        return np.hstack([_float16(scale), _float16(offset), *_split(blocks.codes.astype(np.uint8), bits)])
+        codes = blocks.codes(scale, offset, 0, high)[:, 0]
+        numbers = [_float16(blocks.by_block(each)[:, 0]) for each in (scale, offset)]
+        return np.hstack([*numbers, *_split(codes, bits)])
 
     return encode
-
-
-def _spreads(high: int) -> tuple[float, ...]:
-    """Return over how many codes the values of a block are tried to be spread."""
-    return tuple(high + 0.2 * step for step in range(-5, 6))
 
 
 # ---------------------------------------------------------------------------------------- super-blocks: 256 to a block
 
 
 def _super_with_offset(bits: int) -> Callable[[Floats, Floats | None], Bytes]:
-    """Return the encoder of Q4_K or Q5_K: eight blocks of 32, whose multipliers and offsets are six-bit codes again."""
+    """Return the encoder of Q4_K or Q5_K: eight parts of 32, whose multipliers and offsets are six-bit codes again."""
     high = (1 << bits) - 1
+    tries = _spreads(high)
 
     def encode(piece: Floats, importance: Floats | None) -> Bytes:
-        blocks = _Blocks(piece, 32, importance)
-        scale, offset = _fit_line(blocks, high, _spreads(high), below_zero=True)
-        steps, scale_codes, offset_codes = _fit_super(blocks, high, scale, -offset)
-        _round_super(blocks, high, steps, scale_codes, offset_codes)
-        codes = blocks.codes.astype(np.uint8).reshape(32, -1, 8)
+        blocks = _Blocks(piece, importance, parts=8, size=32)
+        scale, offset = blocks.multipliers(), blocks.multipliers()
+        _fit_lines(blocks.values, blocks.weights, np.float32(high), tries, True, scale, offset)
+        steps, six_bit = _fit_super(blocks, high, scale, -offset)
+        codes = blocks.codes(steps[0][:, np.newaxis] * six_bit[0], -steps[1][:, np.newaxis] * six_bit[1], 0, high)
         low = codes & 15
-        nibbles = (low[:, :, 0::2] | low[:, :, 1::2] << 4).transpose(1, 2, 0).reshape(-1, 128)
-        parts = [_float16(steps[0]), _float16(steps[1]), _six_bits(scale_codes, offset_codes)]
+        parts = [_float16(blocks.by_block(step)) for step in steps]
+        parts.append(_six_bits(*(blocks.by_block(each).astype(np.uint8) for each in six_bit)))
         if bits == 5:
-            parts.append(np.packbits((codes >> 4).astype(bool), axis=2, bitorder="little")[:, :, 0].T)
-        return np.hstack([*parts, nibbles])
+            parts.append(np.packbits(codes >> 4, axis=1, bitorder="little")[:, 0])
+        return np.hstack([*parts, (low[:, 0::2] | low[:, 1::2] << 4).reshape(-1, 128)])
 
     return encode
 
 
-Steps = tuple[Floats, Floats]
-"""What the codes of multipliers and of offsets are multiplied by, each of shape (super-blocks,)."""
+def _fit_super(blocks: _Blocks, high: int, scale: Floats, depth: Floats) -> tuple[list[Floats], list[Floats]]:
+    """Return the steps of multipliers and of offsets, shape (groups, LANES), and their six-bit codes, (groups, 8, LANES).
 
-
-def _fit_super(blocks: _Blocks, high: int, scale: Floats, depth: Floats) -> tuple[Steps, Floats, Floats]:
-    """Return the steps and the six-bit codes of multipliers and offsets, shape (super-blocks, 8), for given best values.
-
-    `depth` is how far below zero each block starts. In turns: each block takes the best of its neighbouring codes, with
-    its values rounded again; then the two steps are fitted to all 256 values.
+    `scale` and `depth`, how far below zero each part starts, are what the parts would take by themselves. In turns, each
+    part takes the best of its neighbouring codes, and the two steps are fitted to all 256 values.
     """
-    scale, depth = scale.reshape(-1, 8), depth.reshape(-1, 8)
-    steps = (_half(scale.max(axis=1) / 63), _half(depth.max(axis=1) / 63))
-    scale_codes = _nearest_code(scale, steps[0][:, np.newaxis])
-    offset_codes = _nearest_code(depth, steps[1][:, np.newaxis])
+    steps = [_half(each.max(axis=1) / 63) for each in (scale, depth)]
+    six_bit = [_nearest_code(each, step) for each, step in zip((scale, depth), steps, strict=True)]
     for _ in range(ROUNDS):
-        scale_codes, offset_codes, sums = _best_neighbours(blocks, high, steps, scale_codes, offset_codes)
-        steps = _fit_steps(blocks, steps, scale_codes, offset_codes, sums)
-    return steps, scale_codes, offset_codes
-
-
-ROUNDS = 2
+        fitted = [step.copy() for step in steps]
+        _improve_super(blocks.values, blocks.weights, np.float32(high), *steps, *six_bit, *fitted)
+        steps = [_half(each) for each in fitted]
+    return steps, six_bit
 
 
 def _nearest_code(value: Floats, step: Floats) -> Floats:
-    return np.clip(np.rint(_ratio(value, np.broadcast_to(step, value.shape))), 0, 63)
+    """Return the six-bit codes of values, shape (groups, parts, LANES), in steps of shape (groups, LANES)."""
+    by = np.broadcast_to(step[:, np.newaxis], value.shape)
+    return np.clip(np.rint(np.divide(value, by, out=np.zeros_like(value), where=by != 0)), 0, 63)
 
 
-def _round_super(blocks: _Blocks, high: int, steps: Steps, scale_codes: Floats, offset_codes: Floats) -> Floats:
-    """Round the values with the multipliers and offsets that the codes stand for, and return the multipliers (blocks,)."""
-    scale = (steps[0][:, np.newaxis] * scale_codes).reshape(-1)
-    depth = (steps[1][:, np.newaxis] * offset_codes).reshape(-1)
-    inverse = _ratio(np.ones_like(scale), scale)
-    blocks.round(inverse, depth * inverse, 0, high)
-    return scale
+@_compiled
+def _improve_super(
+    values: Floats,
+    weights: Floats,
+    high: Any,
+    scale_step: Floats,
+    depth_step: Floats,
+    scale_codes: Floats,
+    depth_codes: Floats,
+    fitted_scale: Floats,
+    fitted_depth: Floats,
+) -> None:
+    """Better the six-bit codes in place for given steps, and set the steps that then fit the values of 256 best.
 
-
-def _best_neighbours(
-    blocks: _Blocks, high: int, steps: Steps, scale_codes: Floats, offset_codes: Floats
-) -> tuple[Floats, Floats, tuple[Floats, Floats, Floats]]:
-    """Return better codes of multipliers and offsets, and the sums of the values' codes that go with them.
-
-    For a multiplier one less, the same and one more, values are rounded and the best offset code for them is taken.
+    For a multiplier's code one less, the same and one more, values are rounded and the best offset's code for them is
+    taken. The steps solve the two-by-two least squares of value = scale_step * (sc * q) - depth_step * dc.
     """
-    step = np.repeat(steps[1], 8)
-    least = np.full_like(step, np.inf)
-    found = [np.empty_like(step) for _ in range(5)]
-    for change in (0, -1, 1):
-        tried = np.clip(scale_codes + np.float32(change), 0, 63)
-        scale = _round_super(blocks, high, steps, tried, offset_codes)
-        sum_q, sum_qq, sum_xq = blocks.sums()
-        wanted = _ratio(scale * sum_q - blocks.sum_wx, blocks.sum_w)
-        offset_code = _nearest_code(np.maximum(wanted, 0), step)
-        depth = step * offset_code
-        error = scale * (scale * sum_qq - 2 * sum_xq - 2 * depth * sum_q)
-        error += depth * (2 * blocks.sum_wx + depth * blocks.sum_w)
-        better = error < least
-        np.copyto(least, error, where=better)
-        for kept, new in zip(found, (tried.reshape(-1), offset_code, sum_q, sum_qq, sum_xq), strict=True):
-            np.copyto(kept, new, where=better)
-    return found[0].reshape(-1, 8), found[1].reshape(-1, 8), (found[2], found[3], found[4])
+    groups, parts, size, _ = values.shape
+    inverse, shift, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sum_w, sum_wx = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    kept = np.empty((5, LANES), np.float32)
+    normal = np.empty((5, LANES), np.float32)
+    for group in range(groups):
+        normal[:] = ZERO
+        for part in range(parts):
+            x, w = values[group, part], weights[group, part]
+            sum_w[:] = ZERO
+            sum_wx[:] = ZERO
+            for place in range(size):
+                for lane in range(LANES):
+                    sum_w[lane] += w[place, lane]
+                    sum_wx[lane] += w[place, lane] * x[place, lane]
+            least[:] = np.float32(np.inf)
+            for change in (0, -1, 1):
+                for lane in range(LANES):
+                    code = scale_codes[group, part, lane] + np.float32(change)
+                    scale = scale_step[group, lane] * min(max(code, ZERO), np.float32(63))
+                    inverse[lane] = ONE / scale if scale > ZERO else ZERO
+                    shift[lane] = depth_step[group, lane] * depth_codes[group, part, lane] * inverse[lane]
+                _tally(x, w, inverse, shift, ZERO, high, q, qq, xq)
+                for lane in range(LANES):
+                    code = min(max(scale_codes[group, part, lane] + np.float32(change), ZERO), np.float32(63))
+                    scale, step = scale_step[group, lane] * code, depth_step[group, lane]
+                    below = ZERO
+                    if step > ZERO:
+                        below = ((scale * q[lane] - sum_wx[lane]) / (sum_w[lane] * step) + MAGIC) - MAGIC
+                        below = min(max(below, ZERO), np.float32(63))
+                    depth = step * below
+                    error = scale * (scale * qq[lane] - TWO * xq[lane] - TWO * depth * q[lane])
+                    error += depth * (TWO * sum_wx[lane] + depth * sum_w[lane])
+                    if error < least[lane]:
+                        least[lane] = error
+                        kept[0, lane], kept[1, lane] = code, below
+                        kept[2, lane], kept[3, lane], kept[4, lane] = q[lane], qq[lane], xq[lane]
+            for lane in range(LANES):
+                code, below = kept[0, lane], kept[1, lane]
+                scale_codes[group, part, lane], depth_codes[group, part, lane] = code, below
+                normal[0, lane] += code * code * kept[3, lane]
+                normal[1, lane] += code * below * kept[2, lane]
+                normal[2, lane] += below * below * sum_w[lane]
+                normal[3, lane] += code * kept[4, lane]
+                normal[4, lane] += below * sum_wx[lane]
+        for lane in range(LANES):
+            aa, ab, bb, ax, bx = normal[0, lane], normal[1, lane], normal[2, lane], normal[3, lane], normal[4, lane]
+            area = aa * bb - ab * ab
+            if area > ALIKE * aa * bb:
+                scale, depth = (ax * bb - ab * bx) / area, (ab * ax - aa * bx) / area
+            else:
+                depth = depth_step[group, lane]
+                scale = (ax + depth * ab) / aa if aa > ZERO else ZERO
+            if scale > ZERO and depth >= ZERO:
+                fitted_scale[group, lane], fitted_depth[group, lane] = scale, depth
 
 
-def _fit_steps(
-    blocks: _Blocks, steps: Steps, scale_codes: Floats, offset_codes: Floats, sums: tuple[Floats, Floats, Floats]
-) -> Steps:
-    """Return the steps, as float16 holds them, that fit all values of a super-block best: two-by-two least squares."""
-    sum_q, sum_qq, sum_xq = (part.reshape(-1, 8) for part in sums)
-    aa = (np.square(scale_codes) * sum_qq).sum(axis=1)
-    ab = (scale_codes * offset_codes * sum_q).sum(axis=1)
-    bb = (np.square(offset_codes) * blocks.sum_w.reshape(-1, 8)).sum(axis=1)
-    ax = (scale_codes * sum_xq).sum(axis=1)
-    bx = (offset_codes * blocks.sum_wx.reshape(-1, 8)).sum(axis=1)
-    area = aa * bb - np.square(ab)
-    area[area <= np.float32(1e-6) * aa * bb] = 0
-    scale = np.where(area > 0, _ratio(ax * bb - ab * bx, area), _ratio(ax + steps[1] * ab, aa))
-    offset = np.where(area > 0, _ratio(ab * ax - aa * bx, area), steps[1])
-    kept = (scale > 0) & (offset >= 0)
-    return _half(np.where(kept, scale, steps[0])), _half(np.where(kept, offset, steps[1]))
-
-
-def _six_bits(scale_codes: Floats, offset_codes: Floats) -> Bytes:
-    """Return eight multiplier and eight offset codes, shape (super-blocks, 8) each, in the twelve bytes of Q4_K and Q5_K.
+def _six_bits(scales: Bytes, depths: Bytes) -> Bytes:
+    """Return eight codes of multipliers and eight of offsets, shape (blocks, 8) each, in Q4_K's twelve bytes.
 
     The first four of each take the low six bits of four bytes; of the last four, the low halves share four more bytes
     and the two high bits go on top of the first eight.
     """
-    scales, offsets = scale_codes.astype(np.uint8), offset_codes.astype(np.uint8)
     first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
-    second = offsets[:, :4] | (offsets[:, 4:] >> 4) << 6
-    third = (scales[:, 4:] & 15) | (offsets[:, 4:] & 15) << 4
+    second = depths[:, :4] | (depths[:, 4:] >> 4) << 6
+    third = (scales[:, 4:] & 15) | (depths[:, 4:] & 15) << 4
     return np.hstack([first, second, third])
 
 
+Q6_TRIES = _tries(-32, 31, around_low=24, around_high=4)
+
+
 def _encode_q6_k(piece: Floats, importance: Floats | None) -> Bytes:
-    """Q6_K: sixteen blocks of 16 with codes from -32, whose multipliers are signed eight-bit codes."""
-    blocks = _Blocks(piece, 16, importance)
-    scale = _fit_scale(blocks, -32, 31, _tries(-32, 31, 12, 0)).reshape(-1, 16)
-    peak = np.take_along_axis(scale, np.abs(scale).argmax(axis=1, keepdims=True), axis=1)[:, 0]
-    step = _half(peak / -128)
+    """Q6_K: sixteen parts of 16 with codes from -32, whose multipliers are signed eight-bit codes of one step."""
+    blocks = _Blocks(piece, importance, parts=16, size=16)
+    scale = blocks.multipliers()
+    _fit_scales(blocks.values, blocks.weights, np.float32(-32), np.float32(31), Q6_TRIES, scale)
+    peak: Floats = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, np.newaxis], axis=1)[:, 0]
+    step = _half(peak / np.float32(-128))
+    codes = np.zeros_like(scale)
     for _ in range(ROUNDS):
-        codes = np.clip(np.rint(_ratio(scale, np.broadcast_to(step[:, np.newaxis], scale.shape))), -128, 127)
-        _round_scaled(blocks, step, codes)
-        _, sum_qq, sum_xq = blocks.sums(plain=False)
-        above = (codes * sum_xq.reshape(-1, 16)).sum(axis=1)
-        step = _half(_ratio(above, (np.square(codes) * sum_qq.reshape(-1, 16)).sum(axis=1)))
-    _round_scaled(blocks, step, codes)
-    whole = (blocks.codes + 32).astype(np.uint8).reshape(16, -1, 16).transpose(1, 2, 0).reshape(-1, 2, 4, 32)
+        fitted = step.copy()
+        _improve_scaled(blocks.values, blocks.weights, scale, step, codes, fitted)
+        step = _half(fitted)
+    whole = blocks.codes(step[:, np.newaxis] * codes, np.zeros_like(scale), -32, 31).reshape(-1, 2, 4, 32)
     low = (whole[:, :, :2] & 15) | (whole[:, :, 2:] & 15) << 4
     top = whole >> 4
     high = top[:, :, 0] | top[:, :, 1] << 2 | top[:, :, 2] << 4 | top[:, :, 3] << 6
-    scales = codes.astype(np.int8).view(np.uint8)
-    return np.hstack([low.reshape(-1, 128), high.reshape(-1, 64), scales, _float16(step)])
+    multipliers = blocks.by_block(codes).astype(np.int8).view(np.uint8)
+    return np.hstack([low.reshape(-1, 128), high.reshape(-1, 64), multipliers, _float16(blocks.by_block(step))])
 
 
-def _round_scaled(blocks: _Blocks, step: Floats, codes: Floats) -> None:
-    scale = (step[:, np.newaxis] * codes).reshape(-1)
-    blocks.round(_ratio(np.ones_like(scale), scale), None, -32, 31)
+@_compiled
+def _improve_scaled(
+    values: Floats, weights: Floats, scale: Floats, step: Floats, codes: Floats, fitted: Floats
+) -> None:
+    """Set the eight-bit codes of multipliers `scale` for a given step, and the step that then fits all 256 values best."""
+    groups, parts, _, _ = values.shape
+    inverse, shift = np.empty(LANES, np.float32), np.zeros(LANES, np.float32)
+    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    above, below = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for group in range(groups):
+        above[:] = ZERO
+        below[:] = ZERO
+        for part in range(parts):
+            for lane in range(LANES):
+                by, code = step[group, lane], ZERO
+                if by != ZERO:
+                    code = (scale[group, part, lane] / by + MAGIC) - MAGIC
+                    code = min(max(code, np.float32(-128)), np.float32(127))
+                codes[group, part, lane] = code
+                inverse[lane] = ONE / (by * code) if by * code != ZERO else ZERO
+            _tally(
+                values[group, part], weights[group, part], inverse, shift, np.float32(-32), np.float32(31), q, qq, xq
+            )
+            for lane in range(LANES):
+                above[lane] += codes[group, part, lane] * xq[lane]
+                below[lane] += codes[group, part, lane] * codes[group, part, lane] * qq[lane]
+        for lane in range(LANES):
+            if below[lane] > ZERO:
+                fitted[group, lane] = above[lane] / below[lane]
 
 
 _ENCODERS: dict[Kind, Callable[[Floats, Floats | None], Bytes]] = {
