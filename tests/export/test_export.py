@@ -17,7 +17,8 @@ from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.encode import encode_all
 from lorikeet.engine import LlamaEngine
 from lorikeet.errors import InputError
-from lorikeet.export.gguf import permute, rotary_factors, write_gguf
+from lorikeet.export.families import rotary_factors
+from lorikeet.export.gguf import permute, write_gguf
 from lorikeet.export.stage import export
 from lorikeet.gguf_header import read_header
 from lorikeet.prompt import PromptFormat

@@ -2,13 +2,12 @@
 
     write_gguf(folder, out_file, quant="q8_0")
 
-It knows the families of `FAMILIES`. Tensor names come from the `gguf` package's own table; what is written here is
-what llama.cpp expects beyond names: permuted rotary weights, rotary scaling factors and metadata; `vocabulary` adds the tokenizer.
+Tensor names come from the `gguf` package's own table. `families` knows the architectures and their metadata, `mix`
+the type of each tensor, `vocabulary` the tokenizer; here is what llama.cpp expects of the weights themselves.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,18 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import (
-    MODEL_ARCH,
-    GGMLQuantizationType,
-    GGUFWriter,
-    LlamaFileType,
-    get_tensor_name_map,
-    quants,
-)
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from numpy.typing import NDArray
 
 from lorikeet.config import Quant
 from lorikeet.errors import InputError
+from lorikeet.export.families import Family, add_metadata, read_family, rotary_factors
 from lorikeet.export.imatrix import Importance
 from lorikeet.export.merge import Tensor, tensors
 from lorikeet.export.mix import FILE_TYPES, FLOATS, Mix
@@ -36,22 +29,6 @@ from lorikeet.export.quantize import check_finite, quantize
 from lorikeet.export.vocabulary import add_vocabulary
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one Hugging Face architecture is written."""
-
-    arch: MODEL_ARCH
-    permuted: bool
-    """Whether q and k rows are reordered: llama.cpp rotates neighbouring pairs in this architecture."""
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(MODEL_ARCH.LLAMA, permuted=True),
-    "Qwen2ForCausalLM": Family(MODEL_ARCH.QWEN2, permuted=False),
-    "Qwen3ForCausalLM": Family(MODEL_ARCH.QWEN3, permuted=False),
-}
 
 PIECE_VALUES = 1 << 23
 """Weights that are in memory at once, as float32 and as bytes, while a tensor is written."""
@@ -73,12 +50,15 @@ def write_gguf(
     `importance`. `progress` is told weights, done and in all. Raises InputError for an architecture or a tokenizer that
     is not known here, before anything is written, and for weights that are not finite.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = _family(config, folder)
+    family, config = read_family(folder)
     plan = _plan(folder, config, family, _mix(config, family, quant, importance=importance is not None))
-    writer = GGUFWriter(out, arch=_arch_name(family))
+    writer = GGUFWriter(out, arch=family.name)
     try:
-        _add_metadata(writer, config, name=name, file_type=FILE_TYPES[quant].number)
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(FILE_TYPES[quant].number)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        add_metadata(writer, family, config)
         if importance is not None:
             importance.describe(writer)
         add_vocabulary(writer, vocabulary or folder, config)
@@ -105,6 +85,8 @@ class _Entry:
     source: Tensor
     heads: int
     """Rotary heads whose rows are reordered; 0 for none."""
+    shift: float
+    """What is added to the values: to norms, in a family that multiplies by one more than they hold."""
     logical: tuple[int, ...]
     kind: GGMLQuantizationType
 
@@ -140,7 +122,7 @@ class _Entry:
         Raises InputError, naming the tensor, if a weight is not finite or float16 cannot hold it.
         """
         for start, stop in self._spans():
-            value = self.source.load(start, stop).float()
+            value = self.source.load(start, stop).float() + self.shift
             if self.heads:
                 value = permute(value, (stop - start) // self._head_rows)
             try:
@@ -196,51 +178,10 @@ def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return split.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def rotary_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
-    """Return what each rotary frequency is divided by, shape (head width / 2,), for Llama 3's scaling; None without it.
-
-    The formula is Meta's, of the Llama 3.1 release: long wavelengths are stretched by `factor`, short ones kept, and
-    those between are blended.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) != "llama3":
-        return None
-    width = _head_width(config)
-    frequencies = 1.0 / (_rope_theta(config) ** (np.arange(0, width, 2, dtype=np.float64) / width))
-    wavelengths = 2 * np.pi / frequencies
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    turns = rope["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    factors: NDArray[np.float32] = (1.0 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-    return factors
-
-
-def _family(config: dict[str, Any], folder: Path) -> Family:
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in FAMILIES:
-        raise InputError(f"{folder}: {name} cannot be written as GGUF here; known are {', '.join(FAMILIES)}")
-    return FAMILIES[name]
-
-
-def _arch_name(family: Family) -> str:
-    from gguf.constants import MODEL_ARCH_NAMES
-
-    return str(MODEL_ARCH_NAMES[family.arch])
-
-
-def _head_width(config: dict[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _rope_theta(config: dict[str, Any]) -> float:
-    rope = config.get("rope_parameters") or {}
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-
-
 def namer(folder: Path) -> Callable[[str], str | None]:
     """Return what gives llama.cpp's name of a tensor of the model in `folder`, None for one that has no place there."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = get_tensor_name_map(_family(config, folder).arch, config["num_hidden_layers"])
+    family, config = read_family(folder)
+    names = get_tensor_name_map(family.arch, config["num_hidden_layers"])
     return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
@@ -249,7 +190,7 @@ def _mix(config: dict[str, Any], family: Family, quant: Quant, *, importance: bo
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     return Mix(
         quant,
-        arch=_arch_name(family),
+        arch=family.name,
         layers=layers,
         tied=bool(config.get("tie_word_embeddings")),
         grouped=(config.get("num_key_value_heads") or heads) != heads,
@@ -258,41 +199,37 @@ def _mix(config: dict[str, Any], family: Family, quant: Quant, *, importance: bo
 
 
 def _plan(folder: Path, config: dict[str, Any], family: Family, mix: Mix) -> list[_Entry]:
-    """Return every tensor with its name and type. Raises InputError for one that has no name in this architecture."""
-    from safetensors import safe_open
+    """Return every tensor with its name and type.
 
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    Raises InputError for one that has no place in this architecture, and for weights that are missing.
+    """
+    heads = config["num_attention_heads"]
+    rotary = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads} if family.permuted else {}
     name_of = namer(folder)
     plan = []
     for tensor in tensors(folder):
-        if tensor.name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        if tensor.name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        name = name_of(tensor.name)
+        name, shape = name_of(tensor.name), tensor.shape()
         if name is None:
-            raise InputError(f"{folder}: the tensor {tensor.name} has no place in llama.cpp's {_arch_name(family)}")
-        with safe_open(tensor.file, framework="pt") as opened:
-            shape = tuple(opened.get_slice(tensor.name).get_shape())
-        rotary = 0
-        if family.permuted and tensor.name.rsplit(".", 2)[-2] in {"q_proj", "k_proj"}:
-            rotary = heads if ".q_proj." in tensor.name else kv_heads
-        plan.append(_Entry(name, tensor, rotary, shape, mix.kind(name, shape)))
+            raise InputError(f"{folder}: the tensor {tensor.name} has no place in llama.cpp's {family.name}")
+        shift = family.norm_shift if tensor.name.endswith("norm.weight") else 0.0
+        plan.append(_Entry(name, tensor, rotary.get(tensor.module, 0), shift, shape, mix.kind(name, shape)))
+    _check_whole(folder, config, {entry.name: entry.logical for entry in plan})
     return plan
 
 
-def _add_metadata(writer: GGUFWriter, config: dict[str, Any], *, name: str, file_type: LlamaFileType) -> None:
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(2)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(_rope_theta(config))
-    writer.add_rope_dimension_count(_head_width(config))
-    writer.add_key_length(_head_width(config))
-    writer.add_value_length(_head_width(config))
-    writer.add_vocab_size(config["vocab_size"])
+def _check_whole(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError if a tensor is missing that a model of this configuration has."""
+    layers = config["num_hidden_layers"]
+    kinds = {name.split(".", 2)[2] for name in shapes if name.startswith("blk.")}
+    wanted = [f"blk.{layer}.{kind}" for layer in range(layers) for kind in sorted(kinds)] + ["token_embd.weight"]
+    wanted += [] if config["tie_word_embeddings"] else ["output.weight"]
+    missing = [name for name in wanted if name not in shapes]
+    if missing or not kinds:
+        raise InputError(
+            f"{folder} has no weights for {missing[0] if missing else 'its layers'} ({len(missing)} tensors missing)"
+        )
+    rows = shapes["token_embd.weight"][0]
+    if rows != config["vocab_size"]:
+        raise InputError(f"{folder}: config.json says {config['vocab_size']} tokens, the embedding has {rows} rows")

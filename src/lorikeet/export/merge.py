@@ -39,6 +39,16 @@ class Tensor:
                 return torch.as_tensor(opened.get_tensor(self.name))
             return torch.as_tensor(opened.get_slice(self.name)[start:stop])
 
+    def shape(self) -> tuple[int, ...]:
+        """Return its shape without reading it."""
+        with safe_open(self.file, framework="pt") as opened:
+            return tuple(opened.get_slice(self.name).get_shape())
+
+    @property
+    def module(self) -> str:
+        """Last name of the module that it belongs to, such as `q_proj`."""
+        return self.name.split(".")[-2]
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -142,8 +152,7 @@ def _check_shapes(lora: Adapter, found: list[Tensor], base: Path, adapter: Path)
     for name, (a, b) in lora.pairs.items():
         if name not in by_name:
             raise InputError(f"{adapter} adapts {name}, which {base} does not have; it belongs to another base model")
-        with safe_open(by_name[name].file, framework="pt") as opened:
-            shape = tuple(opened.get_slice(name).get_shape())
+        shape = by_name[name].shape()
         if shape != (b.shape[0], a.shape[1]):
             raise InputError(
                 f"{adapter} adapts {name} as {(b.shape[0], a.shape[1])}, but {base} has {shape}; it belongs to another base model"
