@@ -22,7 +22,7 @@ MEANINGS = {
     "adapter_scale": "The adapter counts once, at the run's strength",
     "merged_config": "Settings are the base's",
     "unadapted_weights": "Weights without an adapter are the base's",
-    "merged_weights": "Weights are what PEFT makes, rounded once (errors in roundings)",
+    "merged_weights": "Weights are what PEFT makes, rounded once (worst error in steps of 16 bits)",
     "kl_mean": "Mean KL divergence of the next token (nats)",
     "kl_worst": "Worst KL divergence of any token (nats)",
     "top1_changed": "Share of tokens whose first choice changes",

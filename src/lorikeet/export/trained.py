@@ -199,7 +199,7 @@ class MergedWeights:
         self.names: set[str] = set()
         self.faults: list[str] = []
         self.worst = 0.0
-        """Largest error of a weight, in roundings to 16 bits: 1 is the most that rounding once can make."""
+        """Largest error of a weight, in steps of its 16-bit type: less than 1 is what rounding up or down can make."""
         self.worst_tensor = ""
         self._along = self._size = 0.0
 
@@ -216,9 +216,9 @@ class MergedWeights:
             return
         stored = merged[name]
         found = stored.float()
-        half_step = 2**-8 if stored.dtype == torch.bfloat16 else 2**-11
+        step = 2**-7 if stored.dtype == torch.bfloat16 else 2**-10
         # Sums in another order differ by a few float32 steps of the terms, which matters where they cancel out.
-        allowed = wanted.abs() * half_step + 4e-7 * (before.abs() + (wanted - before).abs()) + 2**-25
+        allowed = wanted.abs() * step + 4e-7 * (before.abs() + (wanted - before).abs()) + 2**-24
         worst = float(((found - wanted).abs() / allowed).max())
         if not worst <= self.worst:
             self.worst, self.worst_tensor = worst, name

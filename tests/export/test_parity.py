@@ -1,0 +1,412 @@
+"""The certificate: an honest run passes, and each planted fault is caught by the check of its name.
+
+Every fault is planted with all hashes in run.json made consistent, so that only the contents can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+
+from lorikeet.config import ExportConfig, TuneConfig, VerifyConfig
+from lorikeet.errors import InputError
+from lorikeet.export import gguf, merge, parity, served
+from lorikeet.export.checks import Checks
+from lorikeet.export.parity import describe, divergence, gap_at_difference, verify
+from lorikeet.export.stage import export
+from lorikeet.export.trained import Greedy
+from lorikeet.files import sha256_text
+from lorikeet.run import RunFolder
+from lorikeet.tune import loop
+
+from ..conftest import CHATML, make_conversations, make_model, make_tokenizer, write_jsonl
+
+QUICK = VerifyConfig(conversations=6, answers=3, answer_tokens=8)
+BOS = "<|begin|>"
+Q8 = "gguf/model-q8_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with two runs on one base, tuned and not exported, and a cache of its own."""
+    home = tmp_path_factory.mktemp("parity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORIKEET_CACHE", str(home / "cache"))
+        base = make_model(home / "base", tokenizer=make_tokenizer(BOS_TEMPLATE, bos=BOS))
+        for name, seed in (("mine", 1), ("other", 2)):
+            tune(home / name, base, seed=seed)
+        yield home
+
+
+BOS_TEMPLATE = "{{ bos_token }}" + CHATML
+
+
+def tune(out: Path, base: Path, *, seed: int) -> RunFolder:
+    data = write_jsonl(out.with_suffix(".jsonl"), make_conversations())
+    return loop.tune(
+        TuneConfig(
+            model=str(base), data=str(data), max_steps=12, learning_rate=1e-2, lora_alpha=32, dtype="float32", seed=seed
+        ),
+        out=out,
+    )
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path) -> RunFolder:
+    """A copy of the tuned run, free to be spoilt."""
+    shutil.copytree(home / "mine", tmp_path / "run")
+    return RunFolder.open(tmp_path / "run")
+
+
+@pytest.fixture
+def no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the served route out: starting it takes longer than everything else, and it has tests of its own."""
+    monkeypatch.setattr(parity, "_check_route", lambda *_: None)
+
+
+def exported(run: RunFolder, *quants: Any) -> RunFolder:
+    return export(run.root, ExportConfig(quant=quants or ("q8_0",)))
+
+
+def record(run: RunFolder, *names: str) -> None:
+    """Make run.json say that the artefacts are what they are now, made from the adapter that is there now."""
+    adapter = run.manifest()["artefacts"]["adapter"]["sha256"]["adapter_model.safetensors"]
+    for name in names:
+        run.record(name, run.root / name, **({} if name == "adapter" else {"adapter_sha256": adapter}))
+
+
+def failed(run: RunFolder) -> set[str]:
+    certificate = verify(run.root, QUICK)
+    names = {check["name"] for check in certificate["checks"] if not check["pass"]}
+    assert certificate["pass"] == (not names)
+    return names
+
+
+def edit_gguf(path: Path, key: str, value: Any) -> None:
+    """Set a number or a text of the same length in a file's header."""
+    field = GGUFReader(path, "r+").fields[key]
+    part = field.parts[field.data[0]]
+    part[:] = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else value
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# ------------------------------------------------------------------------------------------------------ an honest run
+
+
+@pytest.mark.usefixtures("home")
+def test_an_honest_run_passes_through_the_real_server(run: RunFolder) -> None:
+    exported(run, "f16", "q8_0")
+    certificate = verify(run.root, QUICK)
+    assert certificate["pass"], describe(certificate)
+    names = {check["name"] for check in certificate["checks"]}
+    for quant in ("f16", "q8_0"):
+        stems = ("kl_mean", "kl_worst", "top1_changed", "weights", "tuning_lost", "served_answers", "served_prompt")
+        assert {f"{stem}_{quant}" for stem in (*stems, "greedy", "header")} <= names
+        assert len(certificate["answers"][quant]) == 3
+    assert certificate == json.loads((run.reports / "parity.json").read_text())
+    assert run.certificate() == certificate
+    page = (run.reports / "parity.html").read_text()
+    assert "One model." in page and "http://" not in page and "<script" not in page
+
+
+@pytest.mark.usefixtures("home", "no_route")
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_other_families_pass(tmp_path: Path, family: str, tied: bool) -> None:
+    run = tune(tmp_path / "run", make_model(tmp_path / "base", family=family, tied=tied), seed=3)
+    exported(run)
+    assert failed(run) == set()
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_what_is_not_there_is_said(run: RunFolder) -> None:
+    export(run.root, ExportConfig(formats=("adapter",)))
+    certificate = verify(run.root, QUICK)
+    assert certificate["pass"]
+    assert len(certificate["not_checked"]) == 2
+    assert any("not checked: merged" in line for line in describe(certificate))
+
+
+# ------------------------------------------------------------------------------------------- faults before the export
+
+
+def changed_template(run: RunFolder) -> None:
+    file = run.root / "adapter" / "chat_template.jinja"
+    file.write_text(file.read_text().replace("'\\n' + message['content']", "': ' + message['content']"))
+    record(run, "adapter")
+    run.update(template={**run.manifest()["template"], "sha256": sha256_text(file.read_text())})
+
+
+def doubled_bos(run: RunFolder) -> None:
+    file = run.root / "adapter" / "chat_template.jinja"
+    file.write_text("{{ bos_token }}" + file.read_text())
+    record(run, "adapter")
+    run.update(template={**run.manifest()["template"], "sha256": sha256_text(file.read_text())})
+
+
+def missing_stop(run: RunFolder) -> None:
+    edit_json(run.root / "adapter" / "tokenizer_config.json", eos_token="<|endoftext|>")
+    record(run, "adapter")
+
+
+def swapped_adapter(run: RunFolder) -> None:
+    other = run.root.parent / "other"
+    shutil.copyfile(other / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_model.safetensors")
+    record(run, "adapter")
+
+
+def swapped_adapter_without_checkpoints(run: RunFolder) -> None:
+    shutil.rmtree(run.root / "checkpoints")
+    path = run.root / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {name: -value for name, value in load_file(path).items() if "A" in name}
+        | {name: value for name, value in load_file(path).items() if "A" not in name},
+        path,
+    )
+    record(run, "adapter")
+
+
+def stronger_adapter(run: RunFolder) -> None:
+    edit_json(run.root / "adapter" / "adapter_config.json", lora_alpha=64)
+    record(run, "adapter")
+
+
+def other_base(run: RunFolder) -> None:
+    base = make_model(run.root.parent / "base2", tokenizer=make_tokenizer(BOS_TEMPLATE, bos=BOS), seed=9)
+    from lorikeet.weights import model_identity
+
+    run.update(base=model_identity(str(base), base))
+
+
+@pytest.mark.usefixtures("no_route")
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (changed_template, "template"),
+        (doubled_bos, "one_bos"),
+        (missing_stop, "stop_token"),
+        (swapped_adapter, "adapter_is_tuned"),
+        (swapped_adapter_without_checkpoints, "validation_loss"),
+        (stronger_adapter, "adapter_scale"),
+        (other_base, "validation_loss"),
+    ],
+)
+def test_a_fault_before_export_is_caught_by_its_name(
+    home: Path, run: RunFolder, plant: Callable[[RunFolder], None], name: str
+) -> None:
+    shutil.copytree(home / "other", run.root.parent / "other")
+    plant(run)
+    exported(run)
+    found = failed(run)
+    assert name in found
+    assert "recorded_files" not in found
+    with pytest.raises(InputError, match=name):
+        run.certificate()
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_alpha_over_r_applied_twice_is_caught(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = merge.load_adapter
+
+    def twice(folder: Path) -> merge.Adapter:
+        adapter = original(folder)
+        return merge.Adapter(adapter.pairs, adapter.scale**2, adapter.magnitudes)
+
+    monkeypatch.setattr(merge, "load_adapter", twice)
+    exported(run)
+    assert {"adapter_scale", "merged_weights", "kl_mean_merged"} <= failed(run)
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_an_untied_head_is_caught(run: RunFolder) -> None:
+    export(run.root, ExportConfig(formats=("merged",)))
+    folder = run.root / "merged"
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    record(run, "merged")
+    exported(run)
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(run.root / Q8).tensors}
+    assert "tied_head" in failed(run)
+
+
+@pytest.mark.usefixtures("home", "no_route")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_theta": 500.0, "rope_type": "default"}),
+        ("rms_norm_eps", 1e-2),
+        ("max_position_embeddings", 256),
+    ],
+)
+def test_changed_settings_are_caught(run: RunFolder, key: str, value: Any) -> None:
+    export(run.root, ExportConfig(formats=("merged",)))
+    edit_json(run.root / "merged" / "config.json", **{key: value})
+    record(run, "merged")
+    exported(run)
+    assert {"merged_config", "header_q8_0"} <= failed(run)
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_rows_in_the_wrong_order_are_caught(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "permute", lambda weight, heads: weight)
+    exported(run)
+    assert {"weights_q8_0", "kl_mean_q8_0"} <= failed(run)
+
+
+# -------------------------------------------------------------------------------------------- faults after the export
+
+
+def file_of_another_run(run: RunFolder) -> None:
+    other = run.root.parent / "other"
+    shutil.copytree(run.root.parent / "home-other", other)
+    exported(RunFolder.open(other))
+    shutil.copyfile(other / Q8, run.root / Q8)
+
+
+def edited(key: str, value: Any) -> Callable[[RunFolder], None]:
+    return lambda run: edit_gguf(run.root / Q8, key, value)
+
+
+def swapped_tokens(run: RunFolder) -> None:
+    field = GGUFReader(run.root / Q8, "r+").fields["tokenizer.ggml.tokens"]
+    first, second = (field.parts[field.data[i]] for i in _two_of_one_length([field.parts[d] for d in field.data]))
+    kept = first.copy()
+    first[:] = second
+    second[:] = kept
+
+
+def _two_of_one_length(tokens: list[Any]) -> tuple[int, int]:
+    long = [i for i, token in enumerate(tokens) if len(token) == 3]
+    return long[0], long[1]
+
+
+def one_row_shuffled(run: RunFolder) -> None:
+    tensor = next(t for t in GGUFReader(run.root / Q8, "r+").tensors if t.name == "blk.1.ffn_up.weight")
+    tensor.data[[3, 4]] = tensor.data[[4, 3]]
+
+
+@pytest.mark.usefixtures("no_route")
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (file_of_another_run, "tuning_lost_q8_0"),
+        (edited("tokenizer.ggml.eos_token_id", 0), "stop_token"),
+        (edited("tokenizer.ggml.add_bos_token", 0), "one_bos"),
+        (edited("llama.rope.freq_base", 500.0), "header_q8_0"),
+        (edited("llama.context_length", 128), "header_q8_0"),
+        (edited("llama.attention.layer_norm_rms_epsilon", 1e-2), "header_q8_0"),
+        (edited("tokenizer.ggml.pre", "gpt--2"), "rendered_tokens"),
+        (swapped_tokens, "header_q8_0"),
+        (one_row_shuffled, "weights_q8_0"),
+    ],
+)
+def test_a_fault_after_export_is_caught_by_its_name(
+    home: Path, run: RunFolder, plant: Callable[[RunFolder], None], name: str
+) -> None:
+    shutil.copytree(home / "other", run.root.parent / "home-other")
+    exported(run)
+    plant(run)
+    record(run, Q8)
+    found = failed(run)
+    assert name in found or (name == "rendered_tokens" and "readable" in found)
+    assert "recorded_files" not in found
+
+
+@pytest.mark.usefixtures("home")
+def test_a_route_that_answers_otherwise_is_caught(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(run)
+    asked = served.ask
+
+    def shouting(url: str, messages: Any, *, most_tokens: int) -> served.Answer:
+        answer = asked(
+            url, (*messages[:-1], type(messages[-1])("user", "Hello, " + messages[-1].content)), most_tokens=5
+        )
+        return served.Answer(answer.text.upper() + "!", answer.ended, answer.prompt_tokens, [])
+
+    monkeypatch.setattr(served, "ask", shouting)
+    assert {"served_prompt_q8_0", "served_answers_q8_0"} <= failed(run)
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_a_certificate_counts_for_the_files_it_is_about(run: RunFolder) -> None:
+    with pytest.raises(InputError, match="has no parity certificate; check with: lorikeet verify"):
+        run.certificate()
+    exported(run)
+    assert failed(run) == set()
+    run.certificate()
+    exported(run, "q8_0", "f16")
+    with pytest.raises(InputError, match=r"model-f16.gguf is not what its parity certificate is about"):
+        run.certificate()
+    edit_gguf(run.root / Q8, "llama.context_length", 128)
+    (run.root / "gguf" / "model-f16.gguf").unlink()
+    with pytest.raises(InputError, match=r"model-q8_0.gguf is not what"):
+        run.certificate()
+
+
+def test_divergence_against_a_sum_done_by_hand() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    wanted = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    assert divergence(np.log(p).astype(np.float32), np.log(q).astype(np.float32)) == pytest.approx([wanted], rel=1e-5)
+
+
+def greedy(ids: list[int], *, ended: bool) -> Greedy:
+    logits = np.zeros((len(ids), 4), dtype=np.float32)
+    for place, index in enumerate(ids):
+        logits[place, index] = 2.0
+    logits[:, 3] -= 1.0
+    return Greedy(ids, logits, ended)
+
+
+@pytest.mark.parametrize(
+    ("ids", "ended", "gap"),
+    [([1, 2], True, None), ([1, 2, 0], False, 3.0), ([1, 1], True, 2.0), ([1], True, 3.0), ([1, 2], False, None)],
+)
+def test_the_gap_where_answers_part(ids: list[int], ended: bool, gap: float | None) -> None:
+    trained = greedy([1, 2, 3], ended=True)  # 3 ends the turn: its own logit is 1
+    trained.logits[2] = [-2.0, -2.0, -2.0, 1.0]
+    assert gap_at_difference(trained, served.Answer("", ended, 1, ids)) == gap
+
+
+def test_a_value_that_is_no_number_does_not_pass() -> None:
+    checks = Checks()
+    checks.add("kl", float("nan"), 1.0, artefact="run")
+    checks.add("kl", float("inf"), 1.0, artefact="run")
+    checks.begin("template", artefact="run")
+    assert [(row.row()["pass"], row.row()["value"]) for row in checks.all()] == [
+        (True, 0),
+        (False, None),
+        (False, None),
+    ]
+
+
+def test_a_missing_base_is_one_line(home: Path, run: RunFolder) -> None:
+    run.update(base={**run.manifest()["base"], "id": str(home / "gone")})
+    with pytest.raises(InputError, match="gone") as caught:
+        verify(run.root, QUICK)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_less_than_half_a_step_is_kept_on_average() -> None:
+    base = torch.full((1000, 1000), 0.05).bfloat16().float()
+    weight = base + 1e-5  # a step of bfloat16 is 2.4e-4 here: rounded to the nearest, nothing would be left
+    assert torch.equal(weight.bfloat16().float(), base)
+    rounded = merge.to_bfloat16(weight, seed=1)
+    assert (rounded.float() - base).mean().item() == pytest.approx(1e-5, rel=0.02)
+    assert torch.equal(merge.to_bfloat16(-weight, seed=1), -rounded)
+    assert torch.equal(merge.to_bfloat16(base, seed=1).float(), base)
