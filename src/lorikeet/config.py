@@ -142,6 +142,8 @@ class ExportConfig:
     """Artefacts, separated by commas: the adapter is always there, merged is 16-bit safetensors."""
     quant: Annotated[tuple[Quant, ...], COMMAS] = ("f16", "q8_0")
     """GGUF types, separated by commas."""
+    imatrix: bool = True
+    """Weigh errors in the 4-bit types by an importance matrix from the training conversations."""
 
 
 @Parameter(name="*")

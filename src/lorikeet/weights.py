@@ -221,8 +221,15 @@ def base_name(base: dict[str, str]) -> str:
 
 
 def base_gguf_path(manifest: dict[str, Any], quant: str) -> Path:
-    """Return where the base of a run lies as GGUF: in the cache, by the hashes of its weights and of the template."""
+    """Return where the base of a run lies as GGUF: in the cache, by the hashes of its weights and of the template.
+
+    Where the run's own file of this type was made with an importance matrix, the base's is too, and the hash of the
+    conversations that the matrix comes from is part of the place.
+    """
     key = f"{manifest['base']['sha256'][:16]}-{manifest['template']['sha256'][:16]}"
+    calibration = manifest["artefacts"].get(f"gguf/model-{quant}.gguf", {}).get("calibration_sha256")
+    if calibration:
+        key += f"-{calibration[:16]}"
     return cache_folder() / "gguf" / key / f"base-{quant}.gguf"
 
 
