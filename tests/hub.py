@@ -196,6 +196,7 @@ class _Uploads(BaseHTTPRequestHandler):
     """The writing half of the protocol, and enough of the reading half to get it all back."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     hub: WritableHub
 
     def do_GET(self) -> None:
@@ -439,17 +440,17 @@ def card_errors(content: str) -> list[str]:
         data = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
         return [f"no YAML: {error}"]
-    errors = []
-    if not re.fullmatch(r"[a-z0-9.+-]+", str(data.get("license"))):
-        errors.append('"license" must be an identifier')
-    if "base_model" in data and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(data["base_model"])):
-        errors.append('"base_model" must be a model id')
-    if data.get("base_model_relation", "finetune") not in {"adapter", "merge", "quantized", "finetune"}:
-        errors.append('"base_model_relation" must be one of [adapter, merge, quantized, finetune]')
-    for model in data.get("model-index", []):
-        if not all(
+    results = [result for model in data.get("model-index", []) for result in model["results"]]
+    rules = {
+        '"license" must be an identifier': re.fullmatch(r"[a-z0-9.+-]+", str(data.get("license"))),
+        '"base_model" must be a model id': re.fullmatch(r"[\w.-]+/[\w.-]+", str(data.get("base_model", "a/b"))),
+        '"base_model_relation" must be one of [adapter, merge, quantized, finetune]': data.get(
+            "base_model_relation", "finetune"
+        )
+        in {"adapter", "merge", "quantized", "finetune"},
+        '"model-index" is incomplete': all(
             {"task", "dataset", "metrics"} <= result.keys() and {"name", "type"} <= result["dataset"].keys()
-            for result in model["results"]
-        ):
-            errors.append("model-index is incomplete")
-    return errors
+            for result in results
+        ),
+    }
+    return [rule for rule, kept in rules.items() if not kept]

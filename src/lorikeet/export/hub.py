@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LONGEST_WAIT_S = 60
 """The hub may keep a request waiting, or ask to come back, for so long; after that the user is told."""
 
+LARGE = (".safetensors", ".gguf")
+"""Files that are sent one by one before the commit; the others travel with it."""
+
 PATH_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "base_model_name_or_path")
 """Where Hugging Face's configurations keep the name of the folder that a model was read from."""
 
@@ -152,7 +155,7 @@ def _send(api: HfApi, repo: str, files: list[Upload], *, private: bool) -> str:
         raise InputError(f"{repo} is there already and public; make it private on the hub, or choose another --repo")
     present = _present(api, repo)
     ours = {file.name for file in files}
-    if stale := [name for name in present if name not in ours and name.endswith((".gguf", ".safetensors"))]:
+    if stale := [name for name in present if name not in ours and name.endswith(LARGE)]:
         _say(f"warning: {repo} also holds {', '.join(stale)}, which this run's certificate is not about")
     missing = [file for file in files if not file.sha256 or present.get(file.name) != file.sha256]
     if len(missing) < len(files):
@@ -162,10 +165,11 @@ def _send(api: HfApi, repo: str, files: list[Upload], *, private: bool) -> str:
     constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET or not _offers_xet(api, repo)
     for file in missing:
         operation = CommitOperationAdd(file.name, file.content)
-        began = time.monotonic()
-        api.preupload_lfs_files(repo, [operation], free_memory=False)
         operations.append(operation)
-        _say(f"{file.name}: {file.size_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
+        if file.name.endswith(LARGE):
+            began = time.monotonic()
+            api.preupload_lfs_files(repo, [operation], free_memory=False)
+            _say(f"{file.name}: {file.size_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
     api.create_commit(repo, operations, commit_message="Publish with Lorikeet")
     return url
 
