@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorikeet.card import write_card
 from lorikeet.config import VerifyConfig
 from lorikeet.data.encode import encode_all
 from lorikeet.data.load import load_conversations
@@ -150,6 +151,7 @@ def verify(root: Path, config: VerifyConfig) -> dict[str, Any]:
     certificate = _certificate(subject, hashes, reference, seconds=time.monotonic() - began)
     write_atomic(subject.run.reports / "parity.json", json.dumps(certificate, indent=2) + "\n")
     write_page(certificate, subject.manifest, subject.run.reports)
+    write_card(subject.run)
     return certificate
 
 
