@@ -49,10 +49,10 @@ class Turn:
     endpoint_ms: float | None = None
     """From the last voiced sample to the event that says the turn is over, by the client's clock."""
     heard: str = ""
-    answer: str = ""
     early_starts: int = 0
     """Answers that began to be heard before the clip was over."""
     user_turns: int = 0
+    """Turns that the clip was taken for."""
     waterfall: dict[str, float] = field(default_factory=dict)
     """The server's own, from where it saw the speech end."""
 
@@ -79,14 +79,14 @@ async def take_turn(url: str, clip: Path, key: str) -> Turn:
     turn = Turn(clip.name)
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key)
     async with client.realtime.connect(model="default") as connection:
-        await anext(aiter(connection))
+        await connection.session.update(session={"type": "realtime", "lorikeet": {"events": True}})
         began_s = time.monotonic()
         microphone = asyncio.create_task(_stream(connection, pcm, began_s))
         try:
-            async with asyncio.timeout(spoken_until_s + PATIENCE_S + 20):
+            async with asyncio.timeout(spoken_until_s + PATIENCE_S):
                 await _listen(connection, turn, end_s=began_s + spoken_until_s)
         except TimeoutError:
-            print(f"{clip.name}: no whole answer within {PATIENCE_S + 20:g} s", file=sys.stderr)
+            print(f"{clip.name}: no answer within {PATIENCE_S:g} s", file=sys.stderr)
         finally:
             microphone.cancel()
     return turn
@@ -104,27 +104,33 @@ async def _stream(connection: Any, pcm: bytes, began_s: float) -> None:
 
 
 async def _listen(connection: Any, turn: Turn, *, end_s: float) -> None:
-    audible: dict[str, float] = {}
+    """Take note of what comes, until an answer to the whole clip can be heard."""
+    waterfalls: dict[str, dict[str, float]] = {}
+    audible: set[str] = set()
+    items: set[str] = set()
     async for event in connection:
         now_s = time.monotonic()
         if event.type == "input_audio_buffer.speech_stopped":
             turn.endpoint_ms = (now_s - end_s) * 1000
         elif event.type == "conversation.item.input_audio_transcription.completed":
             turn.heard = event.transcript
-            turn.user_turns += 1
+            items.add(event.item_id)
         elif event.type == "conversation.item.deleted":
-            turn.user_turns -= 1
+            items.discard(event.item_id)
+        elif event.type == "lorikeet.turn":
+            extra = event.model_extra
+            waterfalls[extra["response_id"]] = extra["waterfall"]
         elif event.type == "response.output_audio.delta" and event.response_id not in audible:
             sound = np.abs(np.frombuffer(base64.b64decode(event.delta), "<i2")) > AUDIBLE * 32768
-            if sound.any():
-                audible[event.response_id] = now_s
-                turn.early_starts += now_s < end_s
-        elif event.type == "response.done" and event.response.status == "completed" and now_s > end_s:
-            done = event.response
-            turn.voice_to_voice_ms = (audible[done.id] - end_s) * 1000 if done.id in audible else None
-            turn.waterfall = done.model_extra.get("lorikeet", {}).get("waterfall", {})
-            turn.answer = done.output[0].content[0].transcript or ""
-            return
+            if not sound.any():
+                continue
+            audible.add(event.response_id)
+            if now_s > end_s:
+                turn.voice_to_voice_ms = (now_s - end_s) * 1000
+                turn.user_turns = len(items)
+                turn.waterfall = waterfalls.get(event.response_id, {})
+                return
+            turn.early_starts += 1
 
 
 @contextmanager

@@ -21,7 +21,7 @@ FIRST_WORDS = 3
 CLAUSE_WORDS = 6
 """A later clause that ends in the middle of a sentence has at least so many; a sentence may be shorter."""
 
-LONG_WORDS = 12
+LONG_WORDS = 9
 """Where a first clause has grown to so many words without a comma, it ends before the next conjunction."""
 
 _TITLES = [

@@ -69,4 +69,4 @@ def mark(size_px: int) -> str:
 
 
 STYLE = Path(__file__).parent / "page.css"
-HEAD = '<meta name="color-scheme" content="light dark">'
+HEAD = '<meta name="color-scheme" content="light dark"><script src="live/live.js" defer></script>'

@@ -21,6 +21,7 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
+from pydantic import BaseModel, Field, ValidationError
 
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Message, Source
@@ -32,6 +33,7 @@ from lorikeet.speech.audio import decode
 from lorikeet.speech.sayable import sayable
 
 MAX_QUESTION_CHARACTERS = 8000
+MAX_LIVE_CHARACTERS = 64_000
 MAX_RECORDING_S = 60.0
 MAX_UPLOAD = "25mb"
 REFRESH_S = 0.05
@@ -47,10 +49,37 @@ Say = Callable[[str], str]
 Turn = Generator[str, None, None]
 """A turn under way: yields a problem in words for the user, '' while there is none."""
 
+LIVE_SCRIPTS = ("live.js", "live_worklet.js")
 SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
 
 
 _log = logging.getLogger(__name__)
+
+
+class SpokenSource(BaseModel):
+    """A source that a spoken answer was given."""
+
+    title: str = Field("", max_length=2000)
+    url: str = Field("", max_length=4000)
+    snippet: str = Field("", max_length=4000)
+
+
+class SpokenSearch(BaseModel):
+    """What was searched for a spoken answer."""
+
+    reason: str = Field(max_length=1000)
+    failed: str | None = Field(None, max_length=1000)
+    sources: list[SpokenSource] = Field([], max_length=20)
+
+
+class SpokenTurn(BaseModel):
+    """A turn of the open microphone, as its script hands it over."""
+
+    asked: str = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS)
+    said: str = Field("", max_length=MAX_LIVE_CHARACTERS)
+    problem: str = Field("", max_length=1000)
+    cut: bool = False
+    search: SpokenSearch | None = None
 
 
 class Talk:
@@ -76,6 +105,12 @@ def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ear
         path = clips.path(name)
         # FileResponse answers ranges, without which Safari plays nothing.
         return FileResponse(path, media_type="audio/wav") if path else Response(status_code=404)
+
+    @app.get("/live/{name}")
+    def live_script(name: str) -> Response:
+        if name not in LIVE_SCRIPTS:
+            return Response(status_code=404)
+        return FileResponse(Path(__file__).parent / name, media_type="text/javascript")
 
     say = _sayer(voice, clips) if voice else None
     page = build_page(assistant, model_name=model_name, ears=ears, say=say)
@@ -120,6 +155,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             feedback_options=None,
             buttons=["copy"],
         )
+        gr.HTML(_LIVE, elem_id="live-panel", visible=ears is not None)
         notice = gr.HTML("", elem_id="notice", visible=True)
         with gr.Column(elem_id="composer"):
             question = gr.Textbox(
@@ -153,6 +189,9 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                     buttons=[],
                     visible=ears is not None,
                 )
+                gr.HTML(_OPEN_MICROPHONE, elem_id="microphone", visible=ears is not None)
+        # The open microphone's script hands its turns over in this field, which the style sheet hides.
+        spoken_turn = gr.Textbox(elem_id="live-turn", show_label=False, container=False, max_length=MAX_LIVE_CHARACTERS)
 
         def by_text(asked: str, choice: Search, current: Talk) -> Iterator[Any]:
             if not asked.strip():
@@ -184,6 +223,12 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             clip.stop_recording(by_voice, *heard, **settings),
             clip.upload(by_voice, *heard, **settings),
         ]
+        spoken_turn.input(
+            keep_spoken,
+            [spoken_turn, talk],
+            [chat, notice],
+            **{**settings, "concurrency_limit": None, "concurrency_id": None},
+        )
         question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
         fresh.click(
             lambda: ([], "", _IDLE, Talk()),
@@ -194,6 +239,36 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
         )
     page.queue(default_concurrency_limit=ANSWERS_AT_ONCE, max_size=64, api_open=False)
     return page
+
+
+def keep_spoken(handed: str, talk: Talk) -> tuple[Any, Any]:
+    """Take a turn of the open microphone into the chat; return the chat and a notice.
+
+    `handed` is the script's JSON, which anybody could have written into their own page: it is checked like a request.
+    """
+    try:
+        turn = SpokenTurn.model_validate_json(handed)
+    except ValidationError:
+        return gr.skip(), _notice("The page could not read what was said; reload it and try again.")
+    talk.turns.append(Message("user", turn.asked))
+    talk.shown.append({"role": "user", "content": turn.asked})
+    if turn.search is not None:
+        talk.shown.append(_spoken_search(turn.search))
+    if turn.said:
+        talk.turns.append(Message("assistant", turn.said))
+        talk.shown.append({"role": "assistant", "content": turn.said + (" …" if turn.cut else "")})
+    else:
+        talk.turns.pop()
+    return talk.shown, _notice(turn.problem)
+
+
+def _spoken_search(search: SpokenSearch) -> dict[str, Any]:
+    if search.failed:
+        why = f'<p class="failed">{html.escape(search.failed)}. The answer goes on without it.</p>'
+        return _search_block(f"Search failed: {search.reason}", why)
+    sources = tuple(Source(source.title, source.url, source.snippet) for source in search.sources)
+    count = f"{len(sources)} source{'s' if len(sources) != 1 else ''}"
+    return _search_block(f"Searched the web: {search.reason} · {count}", _sources(sources))
 
 
 def hear(ears: Ears, path: Path) -> tuple[str, str]:
@@ -326,6 +401,12 @@ def _header(model_name: str) -> str:
     line = "A small assistant to write to, or talk with."
     return f'<header>{mark(38)}<div class="name"><h1>Lorikeet {model}</h1><p>{line}</p></div></header>'
 
+
+_OPEN_MICROPHONE = """<button id="open-mic" type="button" aria-pressed="false"
+ title="Talk freely: it listens, answers aloud, and stops when you speak"><i></i><span>Talk</span></button>"""
+
+_LIVE = """<section id="live" data-state="off" aria-live="polite"><p id="live-state" role="status"></p>
+<p id="live-heard"></p><p id="live-said"></p><div id="live-waterfall" aria-label="From the end of your speech"></div></section>"""
 
 _BUSY = gr.Textbox(value="", submit_btn=False, stop_btn=True)
 _IDLE = gr.Textbox(submit_btn=True, stop_btn=False)

@@ -121,6 +121,6 @@ async def _write(socket: WebSocket, waiting: asyncio.Queue[dict[str, Any]]) -> N
     while waiting.qsize() <= MAX_WAITING:
         event = await waiting.get()
         try:
-            await socket.send_text(json.dumps(event, ensure_ascii=False))
+            await socket.send_text(json.dumps(event))
         except (WebSocketDisconnect, RuntimeError):
             return

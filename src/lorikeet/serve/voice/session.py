@@ -47,6 +47,9 @@ MAX_BUFFER_S = 120
 """Audio of one turn; a longer one is ended, or refused where the client ends its turns itself."""
 
 MIN_COMMIT_MS = 100
+HOLD_S = 0.1
+"""So long sound is held back, at most, after audio that may begin an interruption; less than is sent ahead."""
+
 STALL_S = 0.5
 """A client that sends no audio for so long, in the middle of a turn, is taken to be silent."""
 
@@ -152,6 +155,8 @@ class Reply:
     sent_ms: float = 0.0
     played_until_s: float = 0.0
     """When the sound that was sent will have been played."""
+    untold: list[Looked] = field(default_factory=list)
+    """What a search did before the client knew of the answer."""
     finished: Finished | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     """When each stage of the turn was reached."""
@@ -298,10 +303,16 @@ class Session:
         waits = []
         reply = self._reply
         if reply and reply.shown and reply.pending:
-            waits.append(reply.played_until_s - LEAD_MS / 1000 - time.monotonic())
+            due_s = self._last_audio_s + HOLD_S if self._holds() else reply.played_until_s - LEAD_MS / 1000
+            waits.append(due_s - time.monotonic())
         if self._stream and self._taker.in_turn:
             waits.append(self._last_audio_s + STALL_S - time.monotonic())
         return max(0.0, min(waits)) if waits else None
+
+    def _holds(self) -> bool:
+        """Say whether somebody may just be interrupting: until that is known, no more sound is sent."""
+        interruptible = self._settings.detects_turns and self._settings.interrupts
+        return interruptible and self._taker.may_begin and time.monotonic() < self._last_audio_s + HOLD_S
 
     def _emit(self, kind: str, **fields: Any) -> None:
         self._send(server_event(kind, **fields))
@@ -634,6 +645,8 @@ class Session:
             self._add(reply.item)
         self._emit_part("response.content_part.added", reply, part=self._part(reply, ""))
         reply.job.confirmed.set()
+        for looked in reply.untold:
+            self._tell_search(reply, looked)
         self._write(reply, "")
         self._speak()
 
@@ -680,7 +693,10 @@ class Session:
             case Said():
                 self._take_said(reply, thought)
             case Looked():
-                self._tell_search(reply, thought)
+                if reply.shown:
+                    self._tell_search(reply, thought)
+                else:
+                    reply.untold.append(thought)
             case Finished():
                 reply.finished = thought
                 self._finish_if_done(reply)
@@ -763,7 +779,7 @@ class Session:
         reply = self._reply
         if reply is None or not reply.shown:
             return
-        while reply.pending and reply.played_until_s - time.monotonic() <= LEAD_MS / 1000:
+        while reply.pending and reply.played_until_s - time.monotonic() <= LEAD_MS / 1000 and not self._holds():
             chunk = reply.pending.popleft()
             chunk_ms = 1000 * chunk.size / SPEAKING_HZ
             if not reply.sent_ms:

@@ -29,13 +29,13 @@ class TurnSettings:
 
     threshold: float = 0.5
     """Probability from which a frame is speech; below it by `HYSTERESIS`, it is silence again."""
-    silence_duration_ms: int = 420
+    silence_duration_ms: int = 384
     """Silence that ends a turn which sounds finished."""
     prefix_padding_ms: int = 300
     """Audio before the first frame of speech that belongs to the turn."""
     unfinished_factor: float = 2.0
     """So many times the silence ends a turn that does not sound finished."""
-    pause_ms: int = 128
+    pause_ms: int = 96
     """Silence after which a turn may be over, and is prepared for."""
     start_ms: int = 64
     """Speech that begins a turn: less is a click."""
@@ -104,6 +104,11 @@ class TurnTaker:
     def in_turn(self) -> bool:
         """Whether somebody is speaking, or pausing."""
         return self._in_turn
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether the last frame was speech, though not yet enough for a turn."""
+        return self._speech_ms > 0 and not self._in_turn
 
     def hear(self, probability: float) -> list[TurnEvent]:
         """Return what the next frame, of that probability of speech, makes happen."""

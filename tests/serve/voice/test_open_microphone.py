@@ -1,0 +1,153 @@
+"""The open microphone in a real browser whose fake microphone plays a conversation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorikeet.messages import Message
+from lorikeet.serve.assistant import Assistant
+from lorikeet.serve.http import create_app
+from lorikeet.serve.ui.page import Talk, keep_spoken
+from lorikeet.speech import Ears, Samples, Voice
+from lorikeet.speech.audio import encode_wav
+from lorikeet.speech.hear import load_ears
+from lorikeet.speech.speak import load_voice
+from tests.serve.fakes import API_KEY, ScriptedEngine, served
+from tests.serve.test_browser import CHROMIUM, PATIENCE_MS
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+RATE_HZ = 24_000
+SHOTS = os.environ.get("LORIKEET_SHOT")
+"""Where to put a picture of the page while it speaks, for people to look at."""
+
+LONG = [f"This is part {number} of a very long answer about parrots. " for number in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(scope="module")
+def ears() -> Ears:
+    return load_ears("whisper-tiny.en")
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    return load_voice("hibari")
+
+
+@contextmanager
+def page_with_microphone(url: str, sound: Samples, path: Path, *, key: str | None = None) -> Iterator[Any]:
+    """Open the page in a browser whose microphone plays `sound` once."""
+    from playwright.sync_api import sync_playwright
+
+    path.write_bytes(encode_wav(sound, RATE_HZ))
+    arguments = [
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={path}%noloop",
+        "--autoplay-policy=no-user-gesture-required",
+    ]  # fmt: skip
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, headless=True)
+        context = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 800})
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(url)
+        if key:
+            page.fill("input[name=key]", key)
+            page.click("button")
+        page.wait_for_selector("#open-mic")
+        try:
+            yield page
+            assert problems == []
+        finally:
+            browser.close()
+
+
+def say(voice: Voice, text: str) -> Samples:
+    return np.concatenate(list(voice.speak(text)))
+
+
+def silence(ms: int) -> Samples:
+    return np.zeros(RATE_HZ * ms // 1000, np.float32)
+
+
+@needs_chromium
+def test_a_spoken_question_is_answered_and_an_interruption_is_heeded(ears: Ears, voice: Voice, tmp_path: Path) -> None:
+    engine = ScriptedEngine(*LONG)
+    app = create_app(Assistant(engine), model_name="parrot-1", ears=ears, voice=voice, api_key=API_KEY)
+    sound = np.concatenate(
+        [
+            silence(1200), say(voice, "What is the capital of France?"), silence(3500),
+            say(voice, "Thank you, that is enough for now."), silence(9000),
+        ]
+    )  # fmt: skip
+    with served(app) as url, page_with_microphone(url, sound, tmp_path / "talk.wav", key=API_KEY) as page:
+        assert page.inner_text("#open-mic").strip() == "Talk"
+        page.click("#open-mic")
+        page.wait_for_selector('#live[data-state="listening"]')
+        page.wait_for_selector('#live[data-state="speaking"]')
+        page.wait_for_selector("#live-waterfall b")
+        if SHOTS:
+            page.screenshot(path=SHOTS)
+        assert "france" in page.inner_text("#live-heard").lower()
+        assert page.inner_text("#live-said").startswith("This is part one")
+        assert "first audio" in page.inner_text("#live-waterfall")
+        engine.pieces = ("Fine.",)
+        page.wait_for_function("document.getElementById('live').dataset.interrupted === '1'")
+        page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 2")
+        page.wait_for_selector("#chat .bot >> text=Fine.")
+        turns = page.locator("#chat .user-row").all_inner_texts()
+        assert "france" in turns[0].lower()
+        assert "enough" in turns[1].lower()
+        kept = engine.asked[-1][-2]
+        assert kept.role == "assistant"
+        assert 0 < len(kept.content) < len("".join(LONG))
+        shown = page.locator("#chat .bot").first.inner_text()
+        assert shown.replace("…", "").strip() == kept.content.strip()
+        page.click("#open-mic")
+        page.wait_for_selector('#live[data-state="off"]', state="attached")
+        assert page.inner_text("#open-mic").strip() == "Talk"
+        page.fill("#question textarea", "And in writing?")
+        page.press("#question textarea", "Enter")
+        page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 3")
+        page.wait_for_selector("#question .submit-button")
+        assert [m.role for m in engine.asked[-1]] == ["user", "assistant", "user", "assistant", "user"]
+
+
+@needs_chromium
+def test_without_ears_there_is_no_open_microphone(tmp_path: Path) -> None:
+    app = create_app(Assistant(ScriptedEngine()), model_name="parrot-1")
+    with served(app) as url:
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], headless=True)
+            page = browser.new_page()
+            page.goto(url)
+            page.wait_for_selector("#question textarea")
+            assert not page.is_visible("#open-mic")
+            assert page.locator("#live-turn").bounding_box()["width"] <= 1
+            browser.close()
+
+
+def test_what_the_script_hands_over_is_checked_and_escaped() -> None:
+    talk = Talk()
+    evil = '{"asked": "Hi", "said": "Yes.", "search": {"reason": "<b>x", "sources": [{"url": "javascript:x"}]}}'
+    shown, notice = keep_spoken(evil, talk)
+    assert talk.turns == [Message("user", "Hi"), Message("assistant", "Yes.")]
+    assert "<b>" not in str(shown[1]["metadata"])
+    assert "javascript" not in str(shown)
+    assert notice == ""
+    for broken in ("", "{", "[]", '{"asked": ""}', '{"said": "x"}', '{"asked": 5}'):
+        assert "could not read" in keep_spoken(broken, talk)[1]
+    assert len(talk.turns) == 2
+    keep_spoken('{"asked": "Unanswered", "said": "", "problem": "The engine <stopped>"}', talk)
+    assert len(talk.turns) == 2
