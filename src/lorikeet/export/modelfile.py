@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorikeet.config import ServeConfig
 from lorikeet.data.load import load_conversations
@@ -99,7 +99,7 @@ def write_modelfile(run: RunFolder) -> str:
         prompt = PromptFormat.load(run.root / "adapter")
         modelfile = build(prompt, system=str(run.manifest().get("system_prompt", "")), source=f"./{ggufs[0]}")
         trimmed = trims(prompt)
-        check(modelfile, prompt, [_stripped(c) if trimmed else c for c in (*_probes(), *_heldout(run))])
+        check(modelfile, prompt, [_stripped(c) if trimmed else c for c in (*probes(), *_heldout(run))])
     except UnprovenError as error:
         path.unlink(missing_ok=True)
         run.update(modelfile={"why": str(error)})
@@ -117,7 +117,10 @@ def build(prompt: PromptFormat, *, system: str, source: str) -> Modelfile:
     """
     one, two, three = (Message("user", text) for text in ("Qaq", "Qbq", "Qcq"))
     answers = Message("assistant", "Rar"), Message("assistant", "Rbr")
-    head, answer, question, tail = _around(prompt, [one, answers[0], two])
+    try:
+        head, answer, question, tail = _around(prompt, [one, answers[0], two])
+    except InputError as error:
+        raise UnprovenError("its chat template refuses a plain conversation") from error
     if _around(prompt, [one, answers[0], two, answers[1], three]) != [head, answer, question, answer, question, tail]:
         raise UnprovenError("its chat template prints turns differently as a conversation grows")
     opening = _literal(head)
@@ -148,16 +151,20 @@ def check(modelfile: Modelfile, prompt: PromptFormat, conversations: Sequence[Se
 
     Each ends with a user's turn. One without a system turn is compared twice: as it is, and led by the Modelfile's.
     """
-    read = parse(modelfile.dump())
+    read: Modelfile | None
+    try:
+        read = parse(modelfile.dump())
+    except UnprovenError:
+        read = None
     if read != modelfile:
         raise UnprovenError("a Modelfile cannot hold its system prompt or template unchanged")
-    bare = Modelfile(read.source, read.template, "", read.parameters)
+    bare = replace(modelfile, system="")
     compared = 0
     for conversation in conversations:
         messages = [Message(m.role, defuse(m.content, prompt.specials)) for m in conversation]
         compared += _same(bare, prompt, messages, messages)
-        if read.system and messages[0].role != "system":
-            compared += _same(read, prompt, messages, [Message("system", read.system), *messages])
+        if modelfile.system and messages[0].role != "system":
+            compared += _same(modelfile, prompt, messages, [Message("system", modelfile.system), *messages])
     if not compared:
         raise UnprovenError("its chat template refuses every conversation that was tried")
 
@@ -248,7 +255,7 @@ def _stops(prompt: PromptFormat, after_answer: str) -> list[str]:
     return list(dict.fromkeys([*ends, *([str(prompt.tokenizer.eos_token)] if prompt.tokenizer.eos_token else [])]))
 
 
-def _probes() -> Iterator[list[Message]]:
+def probes() -> Iterator[list[Message]]:
     """Yield conversations that end with a question: short and long, with and without a system turn, nasty ones."""
     for text in ("Hello?", "  two spaces, a line\n", *_NASTY):
         question = Message("user", text)
