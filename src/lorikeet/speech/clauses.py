@@ -66,8 +66,8 @@ _TITLES = [
     "nov",
     "dec",
 ]
-_BREAK = re.compile(r"([.!?…]+|[,;:]|\s[-–—]|—)([\"'”’)\]*_]*)(\s+)(?=\S)|(\n+)(?=\S)")
-_CONJUNCTION = re.compile(r"\s(?=(?:and|but|because|which|while|when|where|so|or|that|with|for|from|into|as)\s\S)")
+_BREAK = re.compile(r"([.!?…]+|[,;:]|[^\S\n][-–—]|—)([\"'”’)\]*_]*)(\s+)(?=\S)|(\n+)(?=\S)")
+_CONJUNCTION = re.compile(r"\s(?=(?:and|but|because|which|while|when|where|so|or)\s\S)")
 _OPEN = re.compile(r"```|\[[^\]]*\]\([^)\s]*$|\[[^\]]*$")
 _WORD = re.compile(r"\w[\w'’.-]*")
 
