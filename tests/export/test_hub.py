@@ -232,6 +232,15 @@ def test_no_certificate_no_upload(
     assert hub.seen == []
 
 
+def test_a_changed_modelfile_is_refused(
+    exported: Path, hub: WritableHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(exported, tmp_path / "run"))
+    (root / "Modelfile").write_text((root / "Modelfile").read_text() + "PARAMETER temperature 2\n")
+    assert publish(root) == 2
+    assert "is not the one that export wrote" in capsys.readouterr().err and hub.seen == []
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [

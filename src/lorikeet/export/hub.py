@@ -28,6 +28,7 @@ from lorikeet.card import card, public_base
 from lorikeet.errors import HubError, InputError, LorikeetError
 from lorikeet.export.modelfile import NAME as MODELFILE
 from lorikeet.export.modelfile import parse, repository_files
+from lorikeet.files import sha256_file
 from lorikeet.run import RunFolder
 
 if TYPE_CHECKING:
@@ -102,8 +103,12 @@ def plan(run: RunFolder, certified: dict[str, dict[str, str]], *, repo: str, for
             source = run.root / artefact
             path = source if source.is_file() else source / file
             files.append(_without_paths(Upload(name, path, digest), base["hub"] or base["name"]))
-    if "gguf" in formats and run.manifest().get("modelfile", {}).get("complete"):
-        text = (run.root / MODELFILE).read_text(encoding="utf-8")
+    about = run.manifest().get("modelfile", {})
+    if "gguf" in formats and about.get("complete"):
+        path = run.root / MODELFILE
+        if not path.is_file() or sha256_file(path) != about["sha256"]:
+            raise InputError(f"{path} is not the one that export wrote; make it again with: lorikeet export {run.root}")
+        text = path.read_text(encoding="utf-8")
         artefact = parse(text).source.removeprefix("./")
         gguf = _name_in_repository(artefact, artefact.rpartition("/")[2], repo)
         files += [Upload(name, part.encode()) for name, part in repository_files(text, gguf=gguf).items()]
