@@ -1,7 +1,9 @@
-"""Is a difference real? Paired bootstrap over conversations (Efron and Tibshirani, 1993, chapter 13)."""
+"""Is a difference real? Paired bootstrap over rows (Efron and Tibshirani, 1993, chapter 13); Wilson's interval for a share."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ from lorikeet.scoring import Scores
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and its percentile interval."""
+    """An estimate and its interval."""
 
     value: float
     low: float
@@ -40,3 +42,18 @@ def ratio_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def paired_shares(base: Sequence[bool], tuned: Sequence[bool], *, level: float = 0.95, resamples: int) -> Interval:
+    """Return the tuned model's share minus the base's over the same rows, with its bootstrap interval."""
+    change = np.array(tuned, dtype=np.float64) - np.array(base, dtype=np.float64)
+    return ratio_interval(change, np.ones(len(change), dtype=np.int64), level=level, resamples=resamples, seed=2)
+
+
+def share(flags: Sequence[bool], *, z: float = 1.959964) -> Interval:
+    """Return the share of true flags with Wilson's score interval (Wilson, 1927), 95 % by default."""
+    n = len(flags)
+    p = sum(flags) / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))

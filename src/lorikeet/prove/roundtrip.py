@@ -1,0 +1,90 @@
+"""Said and heard: an answer spoken by the packaged voice and transcribed by the packaged ears; word errors are what was lost.
+
+    heard = round_trip(base_texts, tuned_texts, resamples=10_000)
+
+Both sides are read the same way before they are compared (`speech.sayable`: numbers, dates and units in words, no markdown),
+then lower case without punctuation. It knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lorikeet.errors import MachineError, MissingExtraError
+from lorikeet.prove.compare import ratio_interval
+from lorikeet.speech import HEARING_HZ, Ears, Voice
+from lorikeet.speech.audio import resample
+from lorikeet.speech.sayable import sayable
+
+FIRST_WORDS = 40
+"""Words of an answer that are spoken: about a quarter of a minute, which Whisper hears in one window."""
+
+BUDGET_S = 25.0
+"""No further pair of answers is spoken after this time."""
+
+
+def round_trip(base: Sequence[str], tuned: Sequence[str], *, resamples: int) -> dict[str, Any]:
+    """Return the word error rates of both models' answers to the same questions, or `{"skipped": why}`.
+
+    Rates are errors over words of all answers together, with 95 % bootstrap intervals over the answers.
+    """
+    from lorikeet.speech.hear import load_ears
+    from lorikeet.speech.speak import load_voice
+
+    try:
+        voice, ears = load_voice("hibari"), load_ears("whisper-tiny.en")
+    except (MissingExtraError, MachineError) as error:
+        return {"skipped": str(error)}
+    counts = count_errors(list(zip(base, tuned, strict=True)), voice, ears, budget_s=BUDGET_S)
+    rates: dict[str, Any] = {"answers": len(counts)}
+    for place, who in enumerate(("base", "tuned")):
+        errors = np.array([pair[place][0] for pair in counts], dtype=np.float64)
+        words = np.array([pair[place][1] for pair in counts])
+        if not words.all():
+            # An answer without words is dropped from neither: it counts as one word, not heard.
+            errors, words = errors + (words == 0), np.maximum(words, 1)
+        rates[who] = asdict(ratio_interval(errors, words, level=0.95, resamples=resamples, seed=5))
+    return rates
+
+
+def count_errors(
+    pairs: Sequence[tuple[str, str]], voice: Voice, ears: Ears, *, budget_s: float
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return (word errors, words) of both answers of each pair, as many pairs as the time allows, at least one."""
+    began = time.monotonic()
+    counts = []
+    for base, tuned in pairs:
+        counts.append((_errors(base, voice, ears), _errors(tuned, voice, ears)))
+        if time.monotonic() - began > budget_s:
+            break
+    return counts
+
+
+def _errors(text: str, voice: Voice, ears: Ears) -> tuple[int, int]:
+    said = " ".join(sayable(text).split()[:FIRST_WORDS])
+    pieces = list(voice.speak(said)) if said else []
+    heard = ears.transcribe(resample(np.concatenate(pieces), voice.sample_rate_hz, HEARING_HZ)).text if pieces else ""
+    wanted = words(said)
+    return edit_distance(wanted, words(heard)), len(wanted)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of `text` as they sound: numbers in words, lower case, hyphens and punctuation gone."""
+    plain = sayable(text).lower().replace("\u2019", "'").replace("-", " ")
+    return [word.replace("'", "") for word in re.findall(r"[\w']+", plain) if word.strip("'")]
+
+
+def edit_distance(wanted: Sequence[str], got: Sequence[str]) -> int:
+    """Return the fewest words to insert, delete or replace (Levenshtein, 1966)."""
+    row = list(range(len(got) + 1))
+    for place, word in enumerate(wanted, start=1):
+        before, row[0] = row[0], place
+        for column, other in enumerate(got, start=1):
+            before, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, before + (word != other))
+    return row[-1]
