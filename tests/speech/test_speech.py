@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lorikeet.errors import InputError, LorikeetError
+from lorikeet.errors import InputError, LorikeetError, MachineError
 from lorikeet.speech import HEARING_HZ
-from lorikeet.speech.audio import decode, encode_wav, level_db
-from lorikeet.speech.hear import load_ears
+from lorikeet.speech.audio import (
+    Resampler,
+    decode,
+    decode_pcm16,
+    encode_pcm16,
+    encode_wav,
+    level_db,
+    resample,
+    trim_start,
+)
+from lorikeet.speech.hear import WhisperEars, cut_repetition, load_ears
 from lorikeet.speech.sayable import sayable
 from lorikeet.speech.speak import load_voice
+from lorikeet.speech.vad import FRAME_SAMPLES, load_vad
 
 
 def tone(seconds: float, rate_hz: int = HEARING_HZ) -> np.ndarray:
@@ -131,3 +143,145 @@ def test_unknown_names_say_what_there_is() -> None:
         load_voice("zeus")
     with pytest.raises(InputError, match=r"--ears zeus is not known; packaged is whisper-tiny.en, sizes are tiny"):
         load_ears("zeus")
+
+
+def test_a_recording_at_another_rate_has_no_seams() -> None:
+    whole = tone(1.0, 24_000)
+    stream = Resampler(24_000, HEARING_HZ)
+    pieces = np.concatenate([*(stream.feed(whole[at : at + 480]) for at in range(0, 24_000, 480)), stream.flush()])
+    assert pieces.size == HEARING_HZ
+    assert np.abs(pieces[200:-200] - tone(1.0)[200:-200]).max() < 1e-3
+    assert np.array_equal(pieces, resample(whole, 24_000, HEARING_HZ))
+
+
+def test_pcm_there_and_back() -> None:
+    samples = decode_pcm16(encode_pcm16(tone(0.1)))
+    assert np.abs(samples - tone(0.1)).max() < 1e-3
+    with pytest.raises(InputError, match="middle of a sample"):
+        decode_pcm16(b"\0\0\0")
+
+
+def test_silence_before_a_sound_is_cut() -> None:
+    sound = np.concatenate([np.zeros(8000, np.float32), tone(0.1)])
+    assert trim_start(sound, HEARING_HZ).size == tone(0.1).size + HEARING_HZ // 100 - 1
+    assert trim_start(np.zeros(100, np.float32), HEARING_HZ).size == 0
+
+
+def test_the_detector_hears_live_what_it_hears_in_a_recording() -> None:
+    voice = load_voice("hibari")
+    speech = resample(np.concatenate(list(voice.speak("Hello there, how are you?"))), 24_000, HEARING_HZ)
+    samples = np.concatenate([np.zeros(16_000, np.float32), speech, np.zeros(16_000, np.float32)])
+    samples = samples[: samples.size // FRAME_SAMPLES * FRAME_SAMPLES]
+    stream = load_vad().stream()
+    live = np.array([stream.feed(frame) for frame in samples.reshape(-1, FRAME_SAMPLES)])
+    whole = load_vad().stream().feed_all(samples)
+    assert np.allclose(live, whole, atol=1e-3)
+    voiced = np.flatnonzero(whole >= 0.5) * FRAME_SAMPLES
+    assert abs(int(voiced[0]) - 16_000) < 4000
+    assert int(voiced[-1]) < 16_000 + speech.size + 2000
+
+
+def test_hearing_needs_no_torch() -> None:
+    code = (
+        "import sys, numpy as np\nfrom lorikeet.speech.hear import load_ears\n"
+        "load_ears('whisper-tiny.en').transcribe(np.random.default_rng(0).normal(0, .1, 32000).astype(np.float32))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_draft_is_as_good_as_the_full_window_and_noise_is_dropped_by_both(shared: Path) -> None:
+    ears = load_ears("whisper-tiny.en")
+    assert isinstance(ears, WhisperEars)
+    wrong = {"draft": 0, "whole": 0}
+    drafts = total = 0
+    for line in (shared / "speech" / "clips.jsonl").read_text().splitlines():
+        clip = json.loads(line)
+        said = words(clip["text"].replace("ten", "10").replace("mister", "mr"))
+        speech, speech_s = ears._find_speech(decode(shared / "speech" / clip["file"]))
+        draft = ears._draft(speech, speech_s)
+        drafts += draft is not None
+        wrong["draft"] += errors(said, words(draft or ears._hear_whole(speech)))
+        wrong["whole"] += errors(said, words(ears._hear_whole(speech)))
+        total += len(said)
+    assert drafts >= 10, "the short window is hardly ever enough"
+    assert wrong["draft"] / total < 0.08
+    assert wrong["draft"] <= wrong["whole"] + 3
+
+
+def errors(said: list[str], heard: list[str]) -> int:
+    """Return the word edit distance."""
+    row = list(range(len(heard) + 1))
+    for i, word in enumerate(said, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(heard, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
+    return row[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "once"),
+    [
+        ("A thin stripe. A thin stripe. A thin", "A thin stripe."),
+        ("Go on. Go on. Go on.", "Go on."),
+        ("no, no, it is fine", "no, no, it is fine"),
+        ("clubs clubs clubs clubs", "clubs"),
+        ("ask not what you can do, ask what you can do", "ask not what you can do, ask what you can do"),
+        ("", ""),
+    ],
+)
+def test_what_is_said_over_and_over_is_kept_once(text: str, once: str) -> None:
+    assert cut_repetition(text) == once
+
+
+def test_a_draft_that_is_cut_off_or_unsure_is_heard_again_in_the_full_window() -> None:
+    ears = load_ears("whisper-tiny.en")
+    assert isinstance(ears, WhisperEars)
+    voice = load_voice("hibari")
+    speech = resample(np.concatenate(list(voice.speak("The garden is quiet in the morning."))), 24_000, HEARING_HZ)
+    # So little speech for so many words: the draft is hurried, and not by repeating itself.
+    assert ears._draft(speech, 0.3) is None
+    assert words(ears._draft(speech, 2.0) or "") == words("The garden is quiet in the morning")
+
+
+@pytest.mark.parametrize("kind", ["hiss", "loud hiss", "hum", "chord", "clicks", "sweep", "whisper of hiss"])
+def test_noises_give_no_words(kind: str) -> None:
+    generator = np.random.default_rng(4)
+    time_s = np.arange(4 * HEARING_HZ) / HEARING_HZ
+    sounds = {
+        "hiss": generator.normal(0, 0.05, time_s.size),
+        "loud hiss": generator.normal(0, 0.3, time_s.size),
+        "hum": 0.3 * np.sin(2 * np.pi * 50 * time_s),
+        "chord": 0.1 * sum(np.sin(2 * np.pi * hz * time_s) for hz in (262, 330, 392)),
+        "clicks": (generator.random(time_s.size) < 0.0005) * 0.8,
+        "sweep": 0.3 * np.sin(2 * np.pi * (200 + 300 * time_s) * time_s),
+        "whisper of hiss": generator.normal(0, 0.003, time_s.size),
+    }
+    samples = np.clip(sounds[kind], -1, 1).astype(np.float32)
+    assert load_ears("whisper-tiny.en").transcribe(samples).text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kokoro", "needs its files: kokoro:FOLDER"),
+        ("kokoro:/nowhere", r"has no \*.onnx and voices\*.bin"),
+        ("coqui:/nowhere", r"has no \*.pth in it"),
+        ("zeus", "there are: hibari .packaged., kokoro:FOLDER.*pip install kokoro-onnx.*coqui"),
+    ],
+)
+def test_voices_that_a_user_installs_say_what_they_need(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_voice(name)
+
+
+@pytest.mark.parametrize(("package", "name"), [("kokoro_onnx", "kokoro:{folder}"), ("TTS", "coqui")])
+def test_a_voice_whose_package_is_not_installed_says_how_to_get_it(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.api", None)
+    for file in ("kokoro.onnx", "voices.bin"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(MachineError, match=r"is not installed.*pip install"):
+        load_voice(name.format(folder=tmp_path))

@@ -8,6 +8,7 @@ A voice is given words that can be said (`sayable`); it knows nothing of markdow
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ COQUI_MODEL = "tts_models/en/ljspeech/tacotron2-DDC"
 KOKORO_SPEAKER = "af_heart"
 KNOWN = (
     "hibari (packaged), kokoro:FOLDER[@SPEAKER] (pip install kokoro-onnx), "
-    "coqui, coqui:FOLDER or tts_models/... (pip install 'coqui-tts[cpu]'), off"
+    "coqui, coqui:FOLDER or tts_models/... (pip install 'coqui-tts[cpu,codec]'), off"
 )
 
 
@@ -141,13 +142,16 @@ def _load_coqui(name: str, folder: Path | None) -> Voice:
     try:
         from TTS.api import TTS
     except ImportError as error:
-        raise MachineError("coqui-tts is not installed; pip install 'coqui-tts[cpu]'") from error
+        raise MachineError("coqui-tts is not installed; pip install 'coqui-tts[cpu,codec]'") from error
+    except OSError as error:  # torchaudio made for another torch
+        why = str(error).splitlines()[0]
+        raise MachineError(f"coqui-tts cannot be loaded: {why}; torchaudio must be of torch's own kind") from error
     try:
         if checkpoint is not None:
             model = TTS(model_path=str(checkpoint), config_path=str(config), progress_bar=False)
         else:
             model = TTS(COQUI_MODEL if name == "coqui" else name, progress_bar=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MachineError(f"cannot load the voice {name}: {why}; the packaged one is hibari") from error
     return CoquiVoice(name, model)
