@@ -192,7 +192,7 @@ class ServeConfig:
     ears: str = "whisper-tiny.en"
     """Speech to text: a packaged name, a faster-whisper size or folder, or off."""
     voice: str = "hibari"
-    """Text to speech: hibari, or off."""
+    """Text to speech: hibari (packaged), kokoro:FOLDER[@SPEAKER], coqui, coqui:FOLDER, tts_models/..., or off."""
     context_tokens: int = 4096
     """Longest conversation, prompt and answer together."""
     max_answer_tokens: int = 512
