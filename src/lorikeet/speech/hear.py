@@ -44,7 +44,6 @@ DRAFT_MAX_S = 20.0
 DRAFT_PADDING_S = 5.0
 """Silence after the speech in a draft. With less, tiny.en begins to repeat itself (docs/decisions/0005-voice.md)."""
 
-DRAFT_LOG_PROBABILITY = -0.7
 DRAFT_TOKENS_PER_S = 8
 DRAFT_WORDS_PER_S = 6.0
 """People say two to four words a second; a draft with more was not said like that."""
@@ -106,7 +105,7 @@ class WhisperEars:
             return ""
         hurried = len(tokens) >= limit or len(text.split()) > DRAFT_WORDS_PER_S * speech_s + 2
         once = cut_repetition(text) if hurried else text
-        if result.scores[0] < DRAFT_LOG_PROBABILITY or (hurried and once == text) or _compression(once) > COMPRESSION:
+        if result.scores[0] < LOG_PROBABILITY or (hurried and once == text) or _compression(once) > COMPRESSION:
             return None
         return once
 

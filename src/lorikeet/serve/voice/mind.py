@@ -57,8 +57,7 @@ class Job:
 class Heard:
     """The user's turn as text; '' if nothing was said."""
 
-    generation: int | None
-    item_id: str
+    job: Job
     transcript: Transcript
     at_s: float
 
@@ -104,8 +103,7 @@ class Finished:
 class Failed:
     """The job ended with an error, in words for the user."""
 
-    generation: int | None
-    item_id: str
+    job: Job
     message: str
     heard: bool
     """Whether the turn had been transcribed before."""
@@ -156,19 +154,22 @@ class Mind:
                     heard = heard or isinstance(thought, Heard)
                     self._post(thought)
             except LorikeetError as error:
-                self._post(Failed(job.generation, job.item_id, str(error), heard))
+                self._fail(job, str(error), heard=heard)
             # The edge of a thread: a defect in one job must not take the conversation along.
             except Exception as error:  # noqa: BLE001
                 _log.exception("a voice turn failed")
-                words = f"the server failed ({type(error).__name__}); its log says more"
-                self._post(Failed(job.generation, job.item_id, words, heard))
+                self._fail(job, f"the server failed ({type(error).__name__}); its log says more", heard=heard)
+
+    def _fail(self, job: Job, message: str, *, heard: bool) -> None:
+        if not self._is_void(job):
+            self._post(Failed(job, message, heard))
 
     def _think(self, job: Job) -> Iterator[Thought]:
         history = job.history
         if job.audio is not None:
             assert self._ears is not None
             transcript = self._ears.transcribe(job.audio)
-            yield Heard(job.generation, job.item_id, transcript, time.monotonic())
+            yield Heard(job, transcript, time.monotonic())
             if not transcript.text:
                 return
             history = (*history, Message("user", transcript.text))

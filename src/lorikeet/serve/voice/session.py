@@ -157,6 +157,8 @@ class Reply:
     """When the sound that was sent will have been played."""
     untold: list[Looked] = field(default_factory=list)
     """What a search did before the client knew of the answer."""
+    failure: str = ""
+    """What went wrong before the client knew of the answer."""
     finished: Finished | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     """When each stage of the turn was reached."""
@@ -527,6 +529,8 @@ class Session:
                 self._emit(
                     "input_audio_buffer.speech_stopped", item_id=self._turn.item_id, audio_end_ms=event.speech_end_ms
                 )
+                if self._turn.job is None:  # what was prepared was dropped for an answer that the client asked for
+                    self._prepare(self._turn, event.speech_end_ms)
                 self._commit_if_ready()
 
     def _start_turn(self, event: Started) -> None:
@@ -648,6 +652,8 @@ class Session:
         for looked in reply.untold:
             self._tell_search(reply, looked)
         self._write(reply, "")
+        if reply.failure:
+            self._fail(reply, reply.failure)
         self._speak()
 
     def _emit_part(self, kind: str, reply: Reply, **fields: Any) -> None:
@@ -680,10 +686,10 @@ class Session:
         if isinstance(thought, Heard):
             self._take_heard(thought)
             return
-        if isinstance(thought, Failed) and thought.item_id and not thought.heard:
+        if isinstance(thought, Failed) and not thought.heard:
             self._fail_hearing(thought)
             return
-        reply = self._current(thought.generation)
+        reply = self._current(thought.job.generation if isinstance(thought, Failed) else thought.generation)
         if reply is None:
             return
         match thought:
@@ -712,8 +718,8 @@ class Session:
 
     def _take_heard(self, heard: Heard) -> None:
         turn = self._turn
-        if turn and turn.item_id == heard.item_id and turn.job and not turn.committed:
-            if turn.job.generation != heard.generation:
+        if turn and turn.item_id == heard.job.item_id and not turn.committed:
+            if turn.job is not heard.job:
                 return
             turn.heard = heard
             self._taker.judge(finished=not heard.transcript.text or sounds_finished(heard.transcript.text))
@@ -723,7 +729,7 @@ class Session:
             self._commit_if_ready()
             return
         for item in self._items:
-            if item.id == heard.item_id and item.pending:
+            if item.id == heard.job.item_id and item.pending:
                 item.text, item.pending = heard.transcript.text, False
                 self._tell_transcript(item.id, item.text, heard.transcript.duration_s)
         self._respond_if_wanted()
@@ -737,11 +743,11 @@ class Session:
         """Say that a turn could not be transcribed."""
         error = {"type": "server_error", "code": "transcription_failed", "message": failed.message, "param": None}
         kind = "conversation.item.input_audio_transcription.failed"
-        self._emit(kind, item_id=failed.item_id, content_index=0, error=error)
+        self._emit(kind, item_id=failed.job.item_id, content_index=0, error=error)
         for item in self._items:
-            if item.id == failed.item_id:
+            if item.id == failed.job.item_id:
                 item.pending = False
-        if self._turn and self._turn.item_id == failed.item_id:
+        if self._turn and self._turn.item_id == failed.job.item_id:
             self._drop_turn()
         self._respond_if_wanted()
 
@@ -819,7 +825,8 @@ class Session:
 
     def _fail(self, reply: Reply, message: str) -> None:
         if not reply.shown:
-            self._show(reply)
+            reply.failure = message
+            return
         error = {"type": "server_error", "code": "engine_failed", "message": message}
         self._close(reply, reply.text, "failed", {"type": "failed", "error": error})
 
@@ -854,5 +861,3 @@ class Session:
             previous = self._items[place - 1].id if place else None
             self._emit("conversation.item.done", item=reply.item.fields(), previous_item_id=previous)
         self._emit("response.done", response=self._response(reply, status, **details))
-        if not text and reply.item in self._items:
-            self._items.remove(reply.item)
