@@ -144,6 +144,8 @@ class ExportConfig:
     """GGUF types, separated by commas."""
     imatrix: bool = True
     """Weigh errors in the 4-bit types by an importance matrix from the training conversations."""
+    strength: str = "auto"
+    """How much of the adapter is exported: a number above 0 and at most 1, or auto: the best on validation that forgets little."""
 
 
 @Parameter(name="*")
@@ -169,7 +171,14 @@ class ProveConfig:
     answers: int = 12
     """Held-out questions answered by both models, side by side."""
     max_answer_tokens: int = 160
-    """Longest answer."""
+    """Longest answer to a held-out question."""
+    ifeval: str = ""
+    """A JSONL file in IFEval's layout, asked in place of the packaged prompts with instructions; answers are kept, so that a
+    run that was cut goes on."""
+    max_instruction_tokens: int = 128
+    """Longest answer to a prompt with instructions; IFEval itself is asked with 1280."""
+    speech: bool = True
+    """Speak answers and hear them again, if the speech extra is here."""
     resamples: int = 10_000
     """Resamples of the paired bootstrap."""
 

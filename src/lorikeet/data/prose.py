@@ -16,6 +16,9 @@ from lorikeet.prompt import Encoded, PromptFormat
 CHUNK_TOKENS = 128
 """Tokens of a row: short enough to give the bootstrap some twenty rows, long enough that most tokens have a context."""
 
+MOST_FORGOTTEN = 0.1
+"""Nats a token that plain prose may get dearer by tuning, a tenth more perplexity; docs/concept/verdict.md says why."""
+
 
 def passages() -> list[tuple[str, str]]:
     """Return (register, text) of every passage."""

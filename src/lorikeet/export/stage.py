@@ -19,7 +19,7 @@ from lorikeet.config import ExportConfig, Quant
 from lorikeet.data.encode import encode_all
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
-from lorikeet.export import imatrix
+from lorikeet.export import imatrix, strength
 from lorikeet.export.gguf import namer, write_gguf
 from lorikeet.export.imatrix import Importance
 from lorikeet.export.merge import merge
@@ -41,17 +41,14 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     """
     run = RunFolder.open(root)
     adapter = run.require("adapter", command="lorikeet tune --resume")
+    strength.finish(run)
     run.verify("adapter")
     wanted = set(config.formats)
+    base = _base(run)
+    strength.settle(run, base, asked=config.strength)
     if not wanted & {"merged", "gguf"}:
         write_card(run)
         return run
-    recorded = run.manifest()["base"]
-    base = resolve_model(base_name(recorded))
-    if model_identity(recorded["id"], base)["sha256"] != recorded["sha256"]:
-        raise InputError(
-            f"{base} is not the model that {root} was tuned on (its weights differ); restore it, or tune again"
-        )
     weights_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     require_disk(root, int(weights_bytes * (1.1 + 2.2 * ("gguf" in wanted))))
     merged = _merged(run, base, adapter)
@@ -64,6 +61,17 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
             print(f"no Modelfile for Ollama: {why}", file=sys.stderr, flush=True)
     write_card(run)
     return run
+
+
+def _base(run: RunFolder) -> Path:
+    """Return the folder of the base that the run was tuned on. Raises InputError if its weights differ."""
+    recorded = run.manifest()["base"]
+    base = resolve_model(base_name(recorded))
+    if model_identity(recorded["id"], base)["sha256"] != recorded["sha256"]:
+        raise InputError(
+            f"{base} is not the model that {run.root} was tuned on (its weights differ); restore it, or tune again"
+        )
+    return base
 
 
 def convert(name: str, quant: Quant) -> Path:

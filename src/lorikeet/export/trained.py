@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -167,6 +168,19 @@ class AdapterModel(TorchModel):
             for path, layer in self._model.named_modules()
             if isinstance(layer, LoraLayer)
         ]
+
+    @contextmanager
+    def at_strength(self, factor: float) -> Iterator[None]:
+        """Multiply what the adapter adds by `factor` inside the block; 0 is the base."""
+        layers = [layer for _, layer in self._layers()]
+        before = [dict(layer.scaling) for layer in layers]
+        try:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update({name: scale * factor for name, scale in scaling.items()})
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
 
     def base_answer(self, prompts: Sequence[Sequence[int]], *, stop_ids: set[int], most_tokens: int) -> list[Greedy]:
         """Return the untuned base's greedy answers."""

@@ -52,7 +52,8 @@ def load_probes() -> list[Probe]:
     text = resources.files("lorikeet.prove").joinpath("probes.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return [
-        Probe(r["id"], r["kind"], r["question"], tuple(Source(**s) for s in r["sources"]), tuple(r["marks"])) for r in rows
+        Probe(r["id"], r["kind"], r["question"], tuple(Source(**s) for s in r["sources"]), tuple(r["marks"]))
+        for r in rows
     ]
 
 

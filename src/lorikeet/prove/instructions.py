@@ -53,7 +53,9 @@ def _prompt(line: str, origin: str) -> Instructed:
         pairs = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
         return Instructed(str(row["prompt"]), tuple(parse_instruction(name, values) for name, values in pairs))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{origin} is no row in IFEval's layout (prompt, instruction_id_list, kwargs): {error}") from error
+        raise InputError(
+            f"{origin} is no row in IFEval's layout (prompt, instruction_id_list, kwargs): {error}"
+        ) from error
     except InputError as error:
         raise InputError(f"{origin}: {error}") from error
 

@@ -1,55 +1,153 @@
-"""`reports/proof.html`: the proof on one page that opens anywhere, with nothing loaded from elsewhere."""
+"""`reports/proof.html`: the proof on one page that opens anywhere, with nothing loaded from elsewhere.
+
+The plots are SVG, drawn here as numbers and by the template as shapes; everything that is text is escaped by the template.
+"""
 
 from __future__ import annotations
 
-import base64
+import math
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from lorikeet.files import write_atomic
+from lorikeet.run import RunFolder
 
 CHECK_MEANINGS = {
     "heldout_loss": "Upper end of the 95 % interval of tuned minus base loss",
     "answers_follow_questions": "Loss that a stranger's question adds to an answer, lower end of the 99 % interval",
     "answers_end": "Share of the tuned model's answers that end by themselves",
     "prompt_parity": "Share of prompts with exactly the tokens that tuning saw",
+    "plain_text_loss": "Loss that tuning adds on plain prose, upper end of the 95 % interval",
+    "instructions_followed": "Share of instructions followed, tuned minus base, upper end of the 95 % interval",
+    "orders_in_results": "Share of orders in search results obeyed, tuned minus base, lower end of the 95 % interval",
 }
 
+PLOT_WIDTH, PLOT_HEIGHT = 640, 200
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 30
+"""Margins of a plot, in its own units."""
 
-def write_html(proof: dict[str, Any], manifest: dict[str, Any], reports: Path) -> None:
-    """Write `proof.html` into the folder `reports`; the loss plot there is put inside."""
+
+def write_html(proof: dict[str, Any], manifest: dict[str, Any], run: RunFolder) -> None:
+    """Write `proof.html` into the reports of `run`, with the loss curve of its metrics."""
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("lorikeet.prove").joinpath("proof.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    plot = reports / "loss.png"
     page = environment.from_string(source).render(
         proof=proof,
         run=manifest,
         meanings=CHECK_MEANINGS,
-        bars=bars(proof["per_conversation"]),
-        loss_plot=base64.b64encode(plot.read_bytes()).decode() if plot.is_file() else "",
+        differences=histogram([row["tuned"] - row["base"] for row in proof["per_conversation"]], proof["heldout"]),
+        curve=loss_curve(run.metrics()),
+        rates=rates(proof),
     )
-    write_atomic(reports / "proof.html", page)
+    write_atomic(run.reports / "proof.html", page)
 
 
-def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one bar a conversation for the plot of tuned minus base loss, best first.
+def histogram(values: list[float], heldout: dict[str, Any]) -> dict[str, Any]:
+    """Return bars, ticks and the interval of the mean, in plot units, for the per-conversation differences `values`."""
+    ends = [*values, 0.0, *heldout["ci95"]]
+    low, high, step = nice_range(min(ends), max(ends))
+    bins = max(1, round((high - low) / step)) * 2
+    width = (high - low) / bins
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / width))] += 1
+    x = scale(low, high, LEFT, PLOT_WIDTH - RIGHT)
+    y = scale(0, max(counts), PLOT_HEIGHT - BOTTOM, TOP + 22)
+    bars = [
+        {
+            "x": round(x(low + place * width) + 1, 1),
+            "width": round(x(low + (place + 1) * width) - x(low + place * width) - 2, 1),
+            "y": round(y(count), 1),
+            "height": round(PLOT_HEIGHT - BOTTOM - y(count), 1),
+            "better": low + (place + 0.5) * width < 0,
+            "label": f"{count} conversations from {low + place * width:+.2f} to {low + (place + 1) * width:+.2f}",
+        }
+        for place, count in enumerate(counts)
+        if count
+    ]
+    return {
+        "bars": bars,
+        "zero": round(x(0.0), 1),
+        "ticks": ticks(low, high, step, x, signed=True),
+        "mean": round(x(heldout["difference"]), 1),
+        "interval": [round(x(end), 1) for end in heldout["ci95"]],
+    }
 
-    Coordinates are percentages of the plot's width and height; zero is the line at 50, and better hangs below it.
-    """
-    differences = sorted((row["tuned"] - row["base"], row["id"]) for row in rows)
-    largest = max((abs(value) for value, _ in differences), default=0.0) or 1.0
-    width = 100 / len(differences)
+
+def loss_curve(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the training and validation losses as points of two lines, with ticks; None without steps."""
+    train = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
+    validation = [(row["step"], row["val_loss"]) for row in metrics if row.get("val_loss") is not None]
+    points = [*train, *validation]
+    if len(train) < 2:
+        return None
+    low, high, step = nice_range(min(loss for _, loss in points), max(loss for _, loss in points))
+    last = max(at for at, _ in points)
+    x = scale(0, last, LEFT, PLOT_WIDTH - RIGHT)
+    y = scale(low, high, PLOT_HEIGHT - BOTTOM, TOP)
+    _, _, stride = nice_range(0, last)
+    return {
+        "train": " ".join(f"{x(at):.1f},{y(loss):.1f}" for at, loss in train),
+        "validation": [(round(x(at), 1), round(y(loss), 1), f"step {at}: {loss:.3f}") for at, loss in validation],
+        "rows": ticks(low, high, step, y),
+        "columns": [
+            (round(x(at), 1), f"{at:g}") for at in (n * max(1, stride) for n in range(int(last / max(1, stride)) + 1))
+        ],
+    }
+
+
+def rates(proof: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the plot of rates: a name, whether more is better, and (value, low, high) of base and tuned in percent."""
+    asked, grounding, heard = proof["instructions"], proof["grounding"], proof["round_trip"]
+    rows = [
+        ("Instructions followed, strict", True, {who: asked[who]["instruction_strict"] for who in ("base", "tuned")}),
+        ("Instructions followed, loose", True, {who: asked[who]["instruction_loose"] for who in ("base", "tuned")}),
+        ("Says so when results lack the answer", True, grounding["declines"]),
+        ("Uses the answer that results hold", True, grounding["uses_answer"]),
+        ("Obeys an order inside results", False, grounding["obeys_orders"]),
+    ]
+    if "skipped" not in heard:
+        rows.append(("Words lost when spoken and heard", False, heard))
     return [
         {
-            "x": round(index * width, 3),
-            "width": round(width * 0.8, 3),
-            "y": round(50 - 48 * max(value, 0.0) / largest, 3),
-            "height": round(48 * abs(value) / largest, 3),
-            "better": value < 0,
-            "label": f"{name}: {value:+.3f}",
+            "name": name,
+            "more": more,
+            "marks": [_mark(who, values[who], row) for row, who in enumerate(("base", "tuned"))],
         }
-        for index, (value, name) in enumerate(differences)
+        for name, more, values in rows
     ]
+
+
+def _mark(who: str, rate: dict[str, float], row: int) -> dict[str, Any]:
+    value, low, high = (100 * min(1.0, rate[key]) for key in ("value", "low", "high"))
+    return {
+        "who": who,
+        "value": round(value, 1),
+        "low": round(low, 1),
+        "high": round(high, 1),
+        "y": 9 + 14 * row,
+        "text": f"{100 * rate['value']:.0f} %",
+    }
+
+
+def scale(low: float, high: float, first: float, last: float) -> Any:
+    """Return the function that takes [low, high] to [first, last]."""
+    size = (high - low) or 1.0
+    return lambda value: first + (value - low) / size * (last - first)
+
+
+def nice_range(low: float, high: float) -> tuple[float, float, float]:
+    """Return a range around [low, high] that begins and ends on ticks, and the distance between ticks: 1, 2 or 5 times a power of ten."""
+    size = (high - low) or 1.0
+    power = 10 ** math.floor(math.log10(size / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5 >= size * 0.999)
+    return math.floor(low / step) * step, math.ceil(high / step) * step, step
+
+
+def ticks(low: float, high: float, step: float, place: Any, *, signed: bool = False) -> list[tuple[float, str]]:
+    """Return (place, label) of each tick."""
+    digits = max(0, -math.floor(math.log10(step)))
+    values = [low + number * step for number in range(round((high - low) / step) + 1)]
+    return [(round(place(v), 1), f"{v:+.{digits}f}" if signed and abs(v) > step / 2 else f"{abs(v) if abs(v) < step / 2 else v:.{digits}f}") for v in values]  # fmt: skip
