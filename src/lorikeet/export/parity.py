@@ -76,7 +76,7 @@ LIMITS = {
 BFLOAT16_LIMITS = Limits(kl_mean=0.02, kl_worst=0.5, top1=0.06, tie=0.75, lost=0.02)
 """Of `merged` and `f16` where torch computes in bfloat16 because float32 does not fit the memory."""
 
-VALIDATION_LIMIT = 0.02
+VALIDATION_LIMIT = 0.05
 """In nats: how far the validation loss, computed here, may be from the one that tuning recorded."""
 
 VALIDATION_TOKENS = 20_000
@@ -368,7 +368,8 @@ def _check_adapter_is_tuned(subject: Subject, model: AdapterModel) -> None:
     if encoding.tokens > VALIDATION_TOKENS:
         subject.not_checked.append(f"the adapter's validation loss: {encoding.tokens} tokens would take too long")
         return
-    found = model.mean_loss(encoding.rows)
+    with model.at_strength(1 / _strength(subject)):
+        found = model.mean_loss(encoding.rows)
     note = f"tuning recorded {recorded:.4f}, here it is {found:.4f}"
     subject.checks.add("validation_loss", abs(found - recorded), VALIDATION_LIMIT, artefact="adapter", notes=[note])
 
@@ -381,7 +382,8 @@ def _check_scale_setting(subject: Subject) -> None:
         c["lora_alpha"] / (math.sqrt(c[rank]) if c["use_rslora"] else c[rank])
         for c, rank in ((found, "r"), (wanted, "lora_r"))
     )
-    note = f"alpha / r is {scale:g} in adapter_config.json, {expected:g} in run.json"
+    expected *= _strength(subject)
+    note = f"alpha / r is {scale:g} in adapter_config.json, {expected:g} by run.json"
     subject.checks.add("adapter_scale", abs(scale / expected - 1), SCALE_LIMIT, artefact="adapter", notes=[note])
 
 
@@ -628,6 +630,11 @@ def _certificate(
 def _led(subject: Subject, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the turns as the server leads them: with the run's system prompt where they have none."""
     return Conversation(messages).with_system(str(subject.manifest.get("system_prompt", ""))).messages
+
+
+def _strength(subject: Subject) -> float:
+    """Return how much of the tuned adapter is exported, by run.json; the adapter's alpha has it in it."""
+    return float((subject.manifest.get("strength") or {}).get("strength", 1.0))
 
 
 def _token(subject: Subject) -> str:
