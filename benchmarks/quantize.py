@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,9 +39,9 @@ from lorikeet.prompt import PromptFormat
 from lorikeet.scoring import Scorer
 from lorikeet.weights import quiet_transformers, resolve_model
 
-CALIBRATION, HELD_OUT_TOKENS = 128, 2000
+CALIBRATION, HELD_OUT_TOKENS = 128, 1000
 HEADS, KEY_HEADS, HEAD_WIDTH, WIDTH = 9, 3, 64, 576
-QUANTS = tuple(quant for quant in get_args(Quant) if quant != "f16")
+QUANTS = tuple(quant for quant in reversed(get_args(Quant)) if quant != "f16")
 INSTALL = "the reference is in the package ik-llama-cpp-python: pip install it --no-deps into another environment"
 
 
@@ -109,15 +109,26 @@ def save_legacy(importance: Importance, path: Path) -> None:
 
 def run(command: Sequence[str | Path]) -> tuple[float, float]:
     """Return seconds and gigabytes at most of a command, start and end of the process included."""
-    began = time.monotonic()
+    began, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen([str(part) for part in command], stdout=output, stderr=output)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        while child.poll() is None:
+            peak = max(peak, _resident_peak(child.pid))
+            time.sleep(0.02)
         if child.returncode:
             output.seek(0)
             raise SystemExit(f"{command[0]}: {output.read().decode(errors='replace')[-2000:]}")
-    return time.monotonic() - began, usage.ru_maxrss / 1e6
+    return time.monotonic() - began, peak / 1e9
+
+
+def _resident_peak(pid: int) -> int:
+    """Return the most memory that a process has held, in bytes; what wait4 says includes the parent it was forked from."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def compare(ours: Path, reference: Path, exact: Path, importance: Importance | None) -> dict[str, Any]:
@@ -173,8 +184,8 @@ def divergence(exact: NDArray[np.float32], file: Path, rows: Sequence[Sequence[i
     return {"kl": float(kl.mean()), "kl_99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()), "top_1": same}
 
 
-def measure(folder: Path, reference: Path, work: Path, label: str) -> list[dict[str, Any]]:
-    """Return one result for each type of file, with and without the importance matrix where both are of use."""
+def measure(folder: Path, reference: Path, work: Path, label: str) -> Iterator[dict[str, Any]]:
+    """Yield one result for each type of file, with and without the importance matrix where both are of use."""
     prompt = PromptFormat.load(folder)
     conversations = load_conversations(PACKAGED_DATA).conversations
     encoded = [prompt.encode(conversation).ids for conversation in conversations]
@@ -185,7 +196,6 @@ def measure(folder: Path, reference: Path, work: Path, label: str) -> list[dict[
     save_legacy(importance, legacy)
     write_gguf(folder, exact, quant="f16", name=label)
     truth = log_probabilities(exact, rows)
-    results = []
     for quant in QUANTS:
         for with_matrix in (False, True) if FILE_TYPES[quant].four_bit else (False,):
             ours, theirs = work / "ours.gguf", work / "theirs.gguf"
@@ -202,9 +212,7 @@ def measure(folder: Path, reference: Path, work: Path, label: str) -> list[dict[
             }
             for who, file, used in (("ours", ours, mine), ("reference", theirs, its)):
                 result[who] = {"seconds": used[0], "gigabytes": used[1], **divergence(truth, file, rows)}
-            results.append(result)
-            print(json.dumps(result), file=sys.stderr, flush=True)
-    return results
+            yield result
 
 
 def _reference_type(kind: str) -> str:
@@ -266,10 +274,12 @@ def main() -> None:
         work = Path(name)
         base = resolve_model(PACKAGED_MODEL)
         widen(base, work / "wide")
-        results += measure(base, options.reference, work, "SmolLM2-135M, rows of 576")
-        results += measure(work / "wide", options.reference, work, "the same, rows of 768")
+        for folder, label in ((base, "SmolLM2-135M, rows of 576"), (work / "wide", "the same, rows of 768")):
+            for result in measure(folder, options.reference, work, label):
+                results.append(result)
+                print(json.dumps(result), file=sys.stderr, flush=True)
+                stamp(ROOT / "benchmarks" / "results" / "quantize.json", {"results": results})
     print(show(results))
-    stamp(ROOT / "benchmarks" / "results" / "quantize.json", {"results": results})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lorikeet.errors import InputError
 
-MAX_TOKENS = 16_384
+MAX_TOKENS = 8192
 """Tokens that are run through the model at most; see docs/decisions/0004-quantisation.md for what more would give."""
 
 MAX_LENGTH = 2048
