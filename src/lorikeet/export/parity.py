@@ -82,6 +82,9 @@ VALIDATION_LIMIT = 0.05
 VALIDATION_TOKENS = 20_000
 """Validation parts of more tokens than this are not computed again: it would take minutes."""
 
+FEW_TOKENS = 2
+"""Tokens whose first choice may change besides the share allowed: of fifty, one is two per cent."""
+
 SCALE_LIMIT = 0.02
 """How far from 1 the number of times that the adapter is in the merged weights may be."""
 
@@ -419,7 +422,9 @@ def _compare_predictions(
     subject: Subject, name: str, artefact: str, wanted: Iterable[Floats], found: Iterable[Floats], limits: Limits
 ) -> None:
     """Add mean and worst KL divergence and top-1 changes."""
-    divergences, changes, worst_place = [], [], ("", 0)
+    divergences: list[NDArray[np.float64]] = []
+    changes: list[NDArray[np.bool_]] = []
+    worst_place = ("", 0)
     for origin, row, p, q in zip(subject.probes.origins, subject.probes.rows, wanted, found, strict=True):
         kl = divergence(p, q)
         if kl.size and (not divergences or not kl.max() <= max(part.max() for part in divergences)):
@@ -431,13 +436,14 @@ def _compare_predictions(
     count = [f"{int(changed.sum())} of {len(changed)} tokens"]
     subject.checks.add(f"kl_mean_{name}", float(kl.mean()), limits.kl_mean, artefact=artefact)
     subject.checks.add(f"kl_worst_{name}", float(kl.max()), limits.kl_worst, artefact=artefact, notes=where)
-    subject.checks.add(f"top1_changed_{name}", float(changed.mean()), limits.top1, artefact=artefact, notes=count)
+    top1 = round(limits.top1 + FEW_TOKENS / len(changed), 4)
+    subject.checks.add(f"top1_changed_{name}", float(changed.mean()), top1, artefact=artefact, notes=count)
 
 
 def divergence(wanted: Floats, found: Floats) -> NDArray[np.float64]:
     """Return KL(wanted || found) of each row of ln p, in nats, shape (rows,) (Kullback and Leibler, 1951)."""
     kl = np.einsum("ij,ij->i", np.exp(wanted), wanted - found, dtype=np.float64)
-    return np.maximum(kl, 0.0, where=np.isfinite(kl), out=kl)
+    return np.asarray(np.maximum(kl, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------------------- GGUF
@@ -520,7 +526,7 @@ def _check_route(subject: Subject, quant: str, alone: list[served.Answer]) -> No
         if route.prompt_tokens != engine.prompt_tokens:
             what = f"{asked}: the server read {route.prompt_tokens} tokens, not {engine.prompt_tokens}"
             checks.fault(f"served_prompt_{quant}", what, artefact=artefact)
-        if route.text.strip() != engine.text.strip():
+        if _whole(route.text) != _whole(engine.text):
             what = f"{asked}: the server says {route.text[:80]!r}, the file {engine.text[:80]!r}"
             checks.fault(f"served_answers_{quant}", what, artefact=artefact)
         if engine.ended and not route.ended:
@@ -630,6 +636,11 @@ def _certificate(
 def _led(subject: Subject, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the turns as the server leads them: with the run's system prompt where they have none."""
     return Conversation(messages).with_system(str(subject.manifest.get("system_prompt", ""))).messages
+
+
+def _whole(text: str) -> str:
+    """Return an answer up to bytes that are no character: a stream holds them back, an answer at once shows them."""
+    return text.partition("\ufffd")[0].strip()
 
 
 def _strength(subject: Subject) -> float:
