@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -288,6 +289,18 @@ def test_a_passing_failure_is_got_over(exported: Path, hub: WritableHub, naps: l
     assert publish(exported) == 0
     assert len(hub.commits) == 1 and naps
     assert hub.files(REPO)["model.safetensors"] == (exported / "merged" / "model.safetensors").read_bytes()
+
+
+def test_no_signed_address_is_logged(exported: Path, hub: WritableHub, naps: list[float]) -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    hub.faults.append(Fault("store/part", 500))
+    try:
+        assert publish(exported) == 0
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert "store/part" in written.getvalue() and "Signature" not in written.getvalue()
 
 
 def test_what_arrives_damaged_is_not_committed(exported: Path, hub: WritableHub, naps: list[float]) -> None:
