@@ -14,41 +14,69 @@ from lorikeet.errors import InputError
 from lorikeet.export.stage import export
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
-from lorikeet.prove.compare import compare, ratio_interval
+from lorikeet.prove.ask import Answer
+from lorikeet.prove.checks import Instructed, Instruction
+from lorikeet.prove.compare import compare, ratio_interval, share
+from lorikeet.prove.grounding import Probe
+from lorikeet.prove.heldout import Heldout, encode_heldout, only_last_answer
+from lorikeet.prove.judge import judge
+from lorikeet.prove.measure import Losses, Measured, Noise, Plan, Replies
 from lorikeet.prove.speech import speakability
-from lorikeet.prove.stage import Answer, Heldout, Measured, encode_heldout, judge, only_last_answer, prove
+from lorikeet.prove.stage import prove
+from lorikeet.run import RunFolder
 from lorikeet.scoring import Scores
 from lorikeet.tune import loop
 
-from ..conftest import make_conversations, write_jsonl
+from ..conftest import make_conversations, make_tokenizer, write_jsonl
 
 COUNT = 40
 
 
-def scores(mean: float, *, spread: float = 0.2, seed: int = 0) -> Scores:
+def scores(mean: float, *, spread: float = 0.2, seed: int = 0, rows: int = COUNT) -> Scores:
     generator = np.random.default_rng(seed)
-    return Scores([generator.normal(mean, spread, size=10) for _ in range(COUNT)])
+    return Scores([generator.normal(mean, spread, size=10) for _ in range(rows)])
 
 
-def measured(mean: float, *, strangers: float = 4.0, ended: int = 12, parity: int = COUNT, seed: int = 0) -> Measured:
-    answers = [Answer("Fine.", n < ended, speakability("Fine.")) for n in range(12)]
-    return Measured(scores(mean, seed=seed), scores(strangers, seed=9), answers, parity, 100.0)
+def measured(
+    mean: float,
+    *,
+    strangers: float = 4.0,
+    ended: int = 12,
+    parity: int = COUNT,
+    prose: float = 3.0,
+    following: int = 20,
+    obeyed: int = 0,
+    seed: int = 0,
+) -> Measured:
+    answers = [Answer("Fine.", n < ended) for n in range(12)]
+    instructed = [Answer("none" if n < following else "one, two", True) for n in range(20)]
+    probes = [Answer("ZEBRA" if n < obeyed else "Six.", True) for n in range(16)]
+    losses = Losses(scores(mean, seed=seed), scores(strangers, seed=9), scores(prose, spread=0.01, rows=16))
+    return Measured(losses, Replies(answers, instructed, [*probes, *MORE], parity, 100.0))
+
+
+PROBES = [Probe(f"order-{n}", "order", "q", (), ("zebra",)) for n in range(16)]
+PROBES += [Probe("missing-1", "missing", "q", (), ("nine",)), Probe("answered-1", "answered", "q", (), ("six",))]
+MORE = [Answer("It doesn't say.", True), Answer("Six.", True)]
+QUIET = Noise(0.0, None)
 
 
 @pytest.fixture
-def heldout() -> Heldout:
+def plan() -> Plan:
     row = Encoded([1] * 20, [False] * 10 + [True] * 10)
     talk = Conversation((Message("user", "q"), Message("assistant", "a")), "c")
-    return Heldout([talk] * COUNT, [row] * COUNT, [row] * COUNT, 0)
+    heldout = Heldout([talk] * COUNT, [row] * COUNT, [row] * COUNT, 0)
+    instructed = [Instructed("p", (Instruction("punctuation:no_comma", {}),))] * 20
+    return Plan(heldout, PromptFormat(make_tokenizer()), instructed, PROBES, "", ProveConfig(resamples=2000))
 
 
-def failed(base: Measured, tuned: Measured, heldout: Heldout) -> tuple[str, list[str]]:
-    proof = judge(base, tuned, heldout, ProveConfig(resamples=2000))
+def failed(base: Measured, tuned: Measured, plan: Plan, *, noise: Noise = QUIET) -> tuple[str, list[str]]:
+    proof = judge(base, tuned, plan, noise=noise, heard={"skipped": "no voice"})
     return proof["verdict"], [check["name"] for check in proof["checks"] if not check["pass"]]
 
 
-def test_better_is_shipped(heldout: Heldout) -> None:
-    assert failed(measured(3.0), measured(2.5, seed=1), heldout) == ("ship", [])
+def test_better_is_shipped(plan: Plan) -> None:
+    assert failed(measured(3.0), measured(2.5, seed=1), plan) == ("ship", [])
 
 
 @pytest.mark.parametrize(
@@ -59,10 +87,43 @@ def test_better_is_shipped(heldout: Heldout) -> None:
         (measured(2.5, strangers=2.5, seed=1), "answers_follow_questions"),
         (measured(2.5, ended=8, seed=1), "answers_end"),
         (measured(2.5, parity=COUNT - 1, seed=1), "prompt_parity"),
+        (measured(2.5, prose=3.2, seed=1), "plain_text_loss"),
+        (measured(2.5, following=14, seed=1), "instructions_followed"),
+        (measured(2.5, obeyed=5, seed=1), "orders_in_results"),
     ],
 )
-def test_each_check_can_say_no(heldout: Heldout, tuned: Measured, name: str) -> None:
-    assert failed(measured(3.0), tuned, heldout) == ("do not ship", [name])
+def test_each_check_can_say_no(plan: Plan, tuned: Measured, name: str) -> None:
+    assert failed(measured(3.0), tuned, plan) == ("do not ship", [name])
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [measured(2.5, prose=3.05, seed=1), measured(2.5, following=19, seed=1), measured(2.5, obeyed=1, seed=1)],
+)
+def test_a_change_within_the_noise_is_no_reason_to_say_no(plan: Plan, tuned: Measured) -> None:
+    assert failed(measured(3.0), tuned, plan) == ("ship", [])
+
+
+def test_a_gain_smaller_than_the_noise_of_scoring_does_not_count(plan: Plan) -> None:
+    assert failed(measured(3.0), measured(2.5, seed=1), plan, noise=Noise(0.6, None)) == (
+        "do not ship",
+        ["heldout_loss"],
+    )
+
+
+def test_rates_are_of_the_right_probes(plan: Plan) -> None:
+    proof = judge(measured(3.0, obeyed=4), measured(2.5, seed=1), plan, noise=QUIET, heard={"skipped": "no voice"})
+    grounding = proof["grounding"]
+    assert grounding["obeys_orders"]["n"] == 16
+    assert grounding["obeys_orders"]["base"]["value"] == 0.25 and grounding["obeys_orders"]["tuned"]["value"] == 0
+    assert grounding["declines"]["tuned"]["value"] == grounding["uses_answer"]["tuned"]["value"] == 1
+    assert proof["instructions"]["tuned"]["prompt_strict"]["value"] == 1
+
+
+def test_wilsons_interval() -> None:
+    interval = share([True] * 8 + [False] * 2)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert share([False] * 16).high == pytest.approx(0.1936, abs=1e-4)
 
 
 def test_the_difference_is_weighed_by_tokens() -> None:
@@ -128,7 +189,7 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     with pytest.raises(InputError, match=r"no complete gguf/model-q8_0.gguf; make it with: lorikeet export"):
         prove(run.root, ProveConfig())
     export(run.root, ExportConfig(quant=("q8_0",)))
-    proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12))
+    proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12, max_instruction_tokens=8, speech=False))
     assert json.loads((run.reports / "proof.json").read_text()) == json.loads(json.dumps(proof))
     assert proof["heldout"]["n"] == 8
     assert proof["heldout"]["difference"] == pytest.approx(
@@ -137,21 +198,25 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     assert proof["heldout"]["ci95"][1] < 0
     checks = {check["name"]: check["pass"] for check in proof["checks"]}
     assert checks["prompt_parity"] and checks["heldout_loss"]
+    assert proof["forgetting"]["n"] > 20 and proof["noise"]["repeated"] < 1e-3
+    assert proof["round_trip"] == {"skipped": "turned off: --no-speech"}
     page = (run.reports / "proof.html").read_text()
-    assert page.count("<rect") == 8 and "data:image/png;base64," in page
+    assert page.count("<svg") == 2 + 5 and "<polyline" in page
     assert "http://" not in page and "https://" not in page
 
 
-def test_answers_cannot_inject_into_the_report(tmp_path: Path, heldout: Heldout) -> None:
+def test_answers_cannot_inject_into_the_report(tmp_path: Path, plan: Plan) -> None:
     from lorikeet.prove.report import write_html
 
     nasty = "<script>alert(1)</script>"
-    base = replace(measured(3.0), answers=[Answer(nasty, True, speakability(nasty))])
-    proof = judge(base, measured(2.5, seed=1), heldout, ProveConfig(resamples=100))
+    base = measured(3.0)
+    base = replace(base, replies=replace(base.replies, answers=[Answer(nasty, True)] * 12))
+    proof = judge(base, measured(2.5, seed=1), plan, noise=QUIET, heard={"skipped": nasty})
     manifest = {
         "base": {"id": nasty, "sha256": "0"},
-        "data": {"name": nasty, "sha256": {}},
+        "data": {"name": nasty, "sha256": {nasty: "0"}},
         "template": {"sha256": "0"},
     }
-    write_html({**proof, "files": {"tuned_sha256": {}}}, manifest, tmp_path)
-    assert "<script" not in (tmp_path / "proof.html").read_text()
+    write_html({**proof, "files": {"tuned_sha256": {}}}, manifest, RunFolder(tmp_path))
+    page = (tmp_path / "reports" / "proof.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") > 12

@@ -81,7 +81,8 @@ def sentences(text: str) -> int:
     for end in _SENTENCE_END.finditer(text):
         word = end["word"].lower().lstrip("\"'([*_\u201c")
         short = end["mark"] == "." and (word in _TITLES or (len(word) == 1 and word != "i" and word.isalpha()))
-        listed = end["mark"] == "." and word.isdigit() and not text[last : end.start()].strip()
+        line = text[text.rfind("\n", 0, end.start()) + 1 : end.start()]
+        listed = end["mark"] == "." and word.isdigit() and not line.strip()
         if not short and not listed:
             count += 1
             last = end.end()
@@ -210,8 +211,8 @@ def _ends_with(answer: str, *, end_phrase: str) -> bool:
 
 
 def _has_capital_words(answer: str, *, capital_frequency: int, capital_relation: str) -> bool:
-    """A word with hyphens or an apostrophe is one word."""
-    words = re.findall(r"\w+(?:[-'\u2019]\w+)*", answer)
+    """A word with hyphens, an apostrophe or stops inside (`U.S.`) is one word."""
+    words = re.findall(r"\w+(?:[-'\u2019.]\w+)*", answer)
     return _compare(sum(word.isupper() for word in words), capital_frequency, capital_relation)
 
 

@@ -1,0 +1,188 @@
+"""The adapter's strength: chosen by the table, baked once, the same in adapter, merged weights and GGUF."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorikeet.config import ExportConfig, TuneConfig
+from lorikeet.data.prose import MOST_FORGOTTEN
+from lorikeet.errors import InputError
+from lorikeet.export import strength
+from lorikeet.export.merge import load_adapter
+from lorikeet.export.stage import export
+from lorikeet.run import RunFolder
+from lorikeet.tune import loop
+
+from ..conftest import make_conversations, write_jsonl
+
+ADAPTER_ONLY = ("adapter",)
+
+
+def rows(*losses: tuple[float, float]) -> list[dict[str, Any]]:
+    return [
+        {"strength": s, "validation_loss": v, "prose_loss": p}
+        for s, (v, p) in zip((0.0, *strength.STRENGTHS), losses, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "chosen"),
+    [
+        (rows((4, 3), (3.8, 3), (3.6, 3), (3.5, 3), (3.4, 3)), 1.0),
+        (rows((4, 3), (3.8, 3), (3.5, 3), (3.6, 3), (3.9, 3)), 0.5),
+        (rows((4, 3), (3.8, 3), (3.5, 3), (3.4995, 3), (3.4985, 3)), 0.5),
+        (rows((4, 3), (3.8, 3.01), (3.6, 3.02), (3.5, 3.05), (3.4, 3 + MOST_FORGOTTEN)), 0.75),
+        (rows((4, 3), (3.8, 3.2), (3.6, 3.4), (3.5, 3.5), (3.4, 3.6)), 0.25),
+    ],
+    ids=["full", "overfitted", "tie goes to the weaker", "forgetting", "all forget"],
+)
+def test_the_table_decides(table: list[dict[str, Any]], chosen: float) -> None:
+    assert strength.choose(table) == chosen
+
+
+@pytest.fixture(scope="module", params=["lora", "rslora", "pissa"])
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A short run of each kind."""
+    root = tmp_path_factory.mktemp(request.param)
+    data = write_jsonl(root / "chats.jsonl", make_conversations(60))
+    more: dict[str, Any] = {"rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(
+        request.param, {}
+    )
+    config = TuneConfig(model=str(tiny_model), data=str(data), max_steps=6, learning_rate=1e-2, dtype="float32", **more)
+    return loop.tune(config, out=root / "run").root
+
+
+@pytest.fixture
+def run(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "cache"))
+    return RunFolder.open(Path(shutil.copytree(tuned, tmp_path / "run")))
+
+
+def scale(run: RunFolder) -> float:
+    return load_adapter(run.root / "adapter").scale
+
+
+def settled(run: RunFolder, asked: str) -> dict[str, Any]:
+    export(run.root, ExportConfig(formats=ADAPTER_ONLY, strength=asked))
+    run.verify("adapter")
+    entry: dict[str, Any] = run.manifest()["strength"]
+    return entry
+
+
+def test_a_strength_is_applied_once_and_can_be_changed(run: RunFolder) -> None:
+    full = scale(run)
+    step = run.manifest()["artefacts"]["adapter"]["step"]
+    for asked in ("0.5", "0.5", "0.25", "1"):
+        entry = settled(run, asked)
+        assert scale(run) == pytest.approx(full * float(asked)) and entry["strength"] == float(asked)
+    assert run.manifest()["artefacts"]["adapter"]["step"] == step
+
+
+def test_merged_weights_have_the_strength_too_and_are_made_again(run: RunFolder, tiny_model: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = load_file(tiny_model / "model.safetensors")
+    moved = {}
+    for asked in ("1", "0.5"):
+        export(run.root, ExportConfig(formats=("adapter", "merged"), strength=asked))
+        merged = load_file(run.root / "merged" / "model.safetensors")
+        moved[asked] = sum(float((merged[n].float() - w.float()).abs().sum()) for n, w in base.items() if "proj" in n)
+    assert moved["0.5"] == pytest.approx(moved["1"] / 2, rel=0.1)
+
+
+def test_auto_measures_each_strength_and_keeps_its_table(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = settled(run, "auto")
+    assert [row["strength"] for row in entry["table"]] == [0.0, *strength.STRENGTHS]
+    assert entry["strength"] == strength.choose(entry["table"])
+    losses = [row["validation_loss"] for row in entry["table"]]
+    assert losses[4] < losses[0] and len(set(losses)) == 5
+    monkeypatch.setattr(strength, "measure", lambda *_, **__: pytest.fail("measured again"))
+    assert settled(run, "auto") == entry
+
+
+def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
+    """At full strength the loss is that of PEFT's own model; the order in which strengths were baked changes nothing."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lorikeet.prompt import PromptFormat
+
+    before, _ = strength.measure(run, tiny_model, alpha_now=16, tuned_alpha=16)
+    prompt = PromptFormat.load(run.root / "adapter")
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(run.root / "adapter")
+    )
+    total = count = 0.0
+    for row in strength._validation_rows(prompt, run):
+        with torch.no_grad():
+            lost = torch.nn.functional.cross_entropy(
+                model(torch.tensor([row.ids])).logits[0, :-1], torch.tensor(row.ids[1:]), reduction="none"
+            )
+        mask = torch.tensor(row.supervised[1:])
+        total, count = total + float(lost[mask].sum()), count + float(mask.sum())
+    assert before[4]["validation_loss"] == pytest.approx(total / count, abs=1e-4)
+    alpha = json.loads((run.root / "adapter" / strength.CONFIG).read_text())["lora_alpha"]
+    settled(run, "0.5")
+    after, _ = strength.measure(run, tiny_model, alpha_now=alpha / 2, tuned_alpha=alpha)
+    assert after == before
+
+
+@pytest.mark.parametrize("broken", ["write_atomic", "_record"])
+def test_a_kill_between_the_steps_is_mended(run: RunFolder, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    full = scale(run)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strength, broken, killed)
+        with pytest.raises(KeyboardInterrupt):
+            settled(run, "0.5")
+    settled(run, "0.5")
+    assert scale(run) == pytest.approx(full / 2)
+
+
+def test_another_adapter_starts_anew(run: RunFolder) -> None:
+    """A resumed run writes new weights with the alpha of tuning: the old entry says nothing of them."""
+    from safetensors.torch import load_file, save_file
+
+    full = scale(run)
+    config = (run.root / "adapter" / strength.CONFIG).read_text()
+    settled(run, "0.5")
+    weights = run.root / "adapter" / strength.WEIGHTS
+    changed = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    (run.root / "adapter" / strength.CONFIG).write_text(config)
+    run.record("adapter", run.root / "adapter", step=9)
+    settled(run, "0.5")
+    assert scale(run) == pytest.approx(full / 2)
+
+
+@pytest.mark.parametrize("asked", ["0", "1.5", "-1", "half", "nan"])
+def test_what_is_no_strength_is_refused(run: RunFolder, asked: str) -> None:
+    before = (run.root / "adapter" / strength.CONFIG).read_text()
+    with pytest.raises(InputError, match=f"--strength {asked} is neither auto"):
+        settled(run, asked)
+    assert (run.root / "adapter" / strength.CONFIG).read_text() == before
+
+
+def test_dora_stays_whole(run: RunFolder) -> None:
+    path = run.root / "adapter" / strength.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    run.record("adapter", run.root / "adapter")
+    with pytest.raises(InputError, match="DoRA adapter is not linear"):
+        settled(run, "0.5")
+    assert settled(run, "auto")["strength"] == 1.0
+
+
+def test_a_run_without_validation_conversations_keeps_the_whole_adapter(run: RunFolder) -> None:
+    full = scale(run)
+    run.forget(strength.VALIDATION)
+    entry = settled(run, "auto")
+    assert entry["strength"] == 1.0 and "keeps no data/validation.jsonl" in entry["why"] and scale(run) == full
