@@ -143,7 +143,7 @@ def changed_weights(base: Weights, merged: Weights, adapted: set[str]) -> list[s
 def checkpoint_faults(checkpoint: Path, adapter: Path) -> list[str]:
     """Return the tensors of the file `adapter` that are not those of the checkpoint that it was written from."""
     with safe_open(checkpoint, framework="pt") as before, safe_open(adapter, framework="pt") as after:
-        saved = {name.replace(".default", ""): name for name in before.keys()}  # noqa: SIM118  # safe_open has no __iter__
+        saved = {_saved_name(name): name for name in before.keys()}  # noqa: SIM118  # safe_open has no __iter__
         found = set(after.keys())
         if saved.keys() != found:
             return [f"adapter: {name} is not in both it and its checkpoint" for name in sorted(saved.keys() ^ found)]
@@ -152,6 +152,12 @@ def checkpoint_faults(checkpoint: Path, adapter: Path) -> list[str]:
             for name in sorted(found)
             if not torch.equal(after.get_tensor(name), before.get_tensor(saved[name]).to(after.get_tensor(name).dtype))
         ]
+
+
+def _saved_name(name: str) -> str:
+    """Return PEFT's name in a file for a parameter's name in the model."""
+    bare = name.replace(".default", "")
+    return bare.removesuffix(".weight") if bare.endswith("lora_magnitude_vector.weight") else bare
 
 
 def head_faults(base: Model, merged: Model | None, headers: Mapping[str, Header]) -> list[str]:

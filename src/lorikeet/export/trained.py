@@ -154,7 +154,7 @@ class AdapterModel(TorchModel):
         model = _load(base, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of what transformers renamed, and of keys it leaves out
-            return cls(PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False))
+            return cls(PeftModel.from_pretrained(model, str(adapter)))
 
     def adapted(self) -> set[str]:
         """Return the names, in the base, of the weights that the adapter changes."""
