@@ -190,6 +190,8 @@
     const field = document.querySelector("#live-turn textarea, #live-turn input");
     field.value = JSON.stringify({ ...turn, at: Date.now() });
     field.dispatchEvent(new Event("input", { bubbles: true }));
+    // Gradio takes the field's value over in its next update.
+    setTimeout(() => document.querySelector("button#live-keep, #live-keep button").click(), 60);
   }
 
   function encode(buffer) {

@@ -190,8 +190,12 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                     visible=ears is not None,
                 )
                 gr.HTML(_OPEN_MICROPHONE, elem_id="microphone", visible=ears is not None)
-        # The open microphone's script hands its turns over in this field, which the style sheet hides.
-        spoken_turn = gr.Textbox(elem_id="live-turn", show_label=False, container=False, max_length=MAX_LIVE_CHARACTERS)
+        # The open microphone's script hands its turns over with these two, which the style sheet hides.
+        with gr.Row(elem_id="live-hand"):
+            spoken_turn = gr.Textbox(
+                elem_id="live-turn", show_label=False, container=False, max_length=MAX_LIVE_CHARACTERS
+            )
+            keep = gr.Button("Keep", elem_id="live-keep")
 
         def by_text(asked: str, choice: Search, current: Talk) -> Iterator[Any]:
             if not asked.strip():
@@ -223,12 +227,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             clip.stop_recording(by_voice, *heard, **settings),
             clip.upload(by_voice, *heard, **settings),
         ]
-        spoken_turn.input(
-            keep_spoken,
-            [spoken_turn, talk],
-            [chat, notice],
-            **{**settings, "concurrency_limit": None, "concurrency_id": None},
-        )
+        keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], show_progress="hidden", api_visibility="private")
         question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
         fresh.click(
             lambda: ([], "", _IDLE, Talk()),
@@ -411,5 +410,5 @@ _LIVE = """<section id="live" data-state="off" aria-live="polite"><p id="live-st
 _BUSY = gr.Textbox(value="", submit_btn=False, stop_btn=True)
 _IDLE = gr.Textbox(submit_btn=True, stop_btn=False)
 
-_WELCOME = f"""<div class="welcome">{mark(48)}<h2>Ask, or press Record and talk</h2>
-<p>Answers are short, made to be heard. When the web was searched, the reason and the sources are shown.</p></div>"""
+_WELCOME = f"""<div class="welcome">{mark(48)}<h2>Ask, or press Talk</h2>
+<p>Answers are short, made to be heard; speak to interrupt them. When the web was searched, the reason and the sources are shown.</p></div>"""

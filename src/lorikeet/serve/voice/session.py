@@ -50,7 +50,7 @@ MIN_COMMIT_MS = 100
 HOLD_S = 0.1
 """So long sound is held back, at most, after audio that may begin an interruption; less than is sent ahead."""
 
-STALL_S = 0.5
+STALL_S = 2.0
 """A client that sends no audio for so long, in the middle of a turn, is taken to be silent."""
 
 MAX_ITEMS = 500
@@ -307,6 +307,8 @@ class Session:
         if reply and reply.shown and reply.pending:
             due_s = self._last_audio_s + HOLD_S if self._holds() else reply.played_until_s - LEAD_MS / 1000
             waits.append(due_s - time.monotonic())
+        elif reply and reply.shown and reply.finished:
+            waits.append(reply.played_until_s - time.monotonic())
         if self._stream and self._taker.in_turn:
             waits.append(self._last_audio_s + STALL_S - time.monotonic())
         return max(0.0, min(waits)) if waits else None
@@ -819,6 +821,8 @@ class Session:
     def _finish_if_done(self, reply: Reply) -> None:
         if not (reply.shown and reply is self._reply and reply.finished and not reply.pending):
             return
+        if reply.played_until_s > time.monotonic():
+            return  # what is still being heard can be interrupted
         cut = reply.finished.reason == "length"
         details = {"type": "incomplete", "reason": "max_output_tokens"} if cut else {"type": "completed"}
         self._close(reply, reply.text, "incomplete" if cut else "completed", details)
