@@ -7,7 +7,9 @@ import random
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -285,3 +287,36 @@ def test_a_voice_whose_package_is_not_installed_says_how_to_get_it(
         (tmp_path / file).write_bytes(b"")
     with pytest.raises(MachineError, match=r"is not installed.*pip install"):
         load_voice(name.format(folder=tmp_path))
+
+
+class StandInKokoro:
+    """What `kokoro_onnx.Kokoro` offers, with a tone for a voice."""
+
+    asked: ClassVar[list[tuple[str, str, str]]] = []
+
+    def __init__(self, model_path: str, voices_path: str) -> None:
+        assert Path(model_path).name == "kokoro.onnx"
+        assert Path(voices_path).name == "voices.bin"
+
+    def get_voices(self) -> list[str]:
+        return ["af_heart", "bm_george"]
+
+    def create(self, text: str, voice: str, *, lang: str) -> tuple[np.ndarray, int]:
+        self.asked.append((text, voice, lang))
+        return tone(0.5, 24_000).astype(np.float64), 24_000
+
+
+def test_kokoro_speaks_with_the_speaker_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("kokoro_onnx")
+    module.Kokoro = StandInKokoro  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kokoro_onnx", module)
+    for file in ("kokoro.onnx", "voices.bin"):
+        (tmp_path / file).write_bytes(b"")
+    voice = load_voice(f"kokoro:{tmp_path}@bm_george")
+    (samples,) = voice.speak("Good evening.")
+    assert (samples.dtype, samples.size, voice.sample_rate_hz) == (np.float32, 12_000, 24_000)
+    assert list(voice.speak(" ")) == []
+    assert load_voice(f"kokoro:{tmp_path}").name == "kokoro@af_heart"
+    assert StandInKokoro.asked == [("Good evening.", "bm_george", "en-gb")]
+    with pytest.raises(InputError, match="no speaker zeus; there are: af_heart, bm_george"):
+        load_voice(f"kokoro:{tmp_path}@zeus")

@@ -10,6 +10,7 @@ speech, by the detector or by Whisper's own doubts, gives no words: Whisper inve
 
 from __future__ import annotations
 
+import os
 import threading
 import zlib
 from pathlib import Path
@@ -22,6 +23,9 @@ from lorikeet.speech import HEARING_HZ, Ears, Samples, Transcript
 from lorikeet.speech.audio import level_db
 from lorikeet.speech.vad import FRAME_MS, FRAME_SAMPLES, Vad, load_vad
 from lorikeet.weights import PACKAGES, packaged
+
+MOST_THREADS = 4
+"""CTranslate2's own default; the models are too small for more."""
 
 SILENCE_DB = -55.0
 """Audio below this level is silence; Whisper invents words for it."""
@@ -156,11 +160,13 @@ def _compression(text: str) -> float:
     return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
-def load_ears(name: str, *, threads: int = 2) -> Ears:
+def load_ears(name: str, *, threads: int | None = None) -> Ears:
     """Return the speech recogniser `name`: a packaged name, a CTranslate2 folder, or a size that the hub has.
 
+    It hears with so many `threads`, by default one for each core up to `MOST_THREADS`.
     Raises InputError for an unknown name, MissingExtraError without faster-whisper, MachineError if it cannot be loaded.
     """
+    threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
     if name in PACKAGES and name.startswith("whisper"):
         return WhisperEars(name, _load(str(packaged(name)), threads), load_vad())
     if Path(name).is_dir():

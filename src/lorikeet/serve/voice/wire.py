@@ -55,6 +55,7 @@ class ServerVad(_Loose):
     silence_duration_ms: int | None = Field(None, ge=100, le=5000)
     create_response: bool | None = None
     interrupt_response: bool | None = None
+    idle_timeout_ms: None = None
 
 
 class Transcription(_Loose):
@@ -111,6 +112,7 @@ class SessionFields(_Loose):
     max_output_tokens: MaxTokens | None = None
     audio: Audio | None = None
     tools: Nothing = None
+    prompt: None = None
     lorikeet: Extension | None = None
 
 
