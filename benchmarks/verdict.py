@@ -51,6 +51,12 @@ def shuffled(data: Path, target: Path, *, rows: int = 600) -> Path:
     return target
 
 
+def verdict(result: dict[str, Any]) -> str:
+    """Return the verdict and what it failed on."""
+    failed = [check["name"] for check in result["checks"] if not check["pass"]]
+    return f"{result['verdict']}: {', '.join(failed)}" if failed else str(result["verdict"])
+
+
 def main() -> None:
     names = ("instruct-2k.jsonl", "sharegpt-200.json", "alpaca-200.json")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,12 +77,37 @@ def main() -> None:
             result["data"],
             f"{result['heldout']['difference']:+.3f} ({result['heldout']['ci95'][0]:+.3f} to {result['heldout']['ci95'][1]:+.3f})",
             f"{result['answers_follow_questions']['value']:+.2f} ({result['answers_follow_questions']['low']:+.2f} to {result['answers_follow_questions']['high']:+.2f})",
-            result["verdict"],
+            f"{result['forgetting']['difference']:+.3f} (to {result['forgetting']['ci95'][1]:+.3f})",
+            f"{result['instructions']['base']['instruction_strict']['value']:.0%} to {result['instructions']['tuned']['instruction_strict']['value']:.0%}",
+            verdict(result),
         )
         for result in results
     ]
-    print(table(("Data", "Loss, tuned minus base (95 %)", "Cost of a stranger's question (99 %)", "Verdict"), rows))
-    kept = ("data", "exit_code", "verdict", "heldout", "checks", "answers_follow_questions", "speakability")
+    print(
+        table(
+            (
+                "Data",
+                "Loss, tuned minus base (95 %)",
+                "Cost of a stranger's question (99 %)",
+                "Plain prose (95 %)",
+                "Instructions followed",
+                "Verdict",
+            ),
+            rows,
+        )
+    )
+    kept = (
+        "data",
+        "exit_code",
+        "verdict",
+        "heldout",
+        "checks",
+        "answers_follow_questions",
+        "speakability",
+        "forgetting",
+        "instructions",
+        "noise",
+    )
     stamp(options.json, {"rows": [{key: result[key] for key in kept} for result in results]})
 
 

@@ -175,7 +175,7 @@ class ProveConfig:
     ifeval: str = ""
     """A JSONL file in IFEval's layout, asked in place of the packaged prompts with instructions; answers are kept, so that a
     run that was cut goes on."""
-    max_instruction_tokens: int = 128
+    max_instruction_tokens: int = 96
     """Longest answer to a prompt with instructions; IFEval itself is asked with 1280."""
     speech: bool = True
     """Speak answers and hear them again, if the speech extra is here."""

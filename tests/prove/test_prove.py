@@ -189,6 +189,7 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     with pytest.raises(InputError, match=r"no complete gguf/model-q8_0.gguf; make it with: lorikeet export"):
         prove(run.root, ProveConfig())
     export(run.root, ExportConfig(quant=("q8_0",)))
+    monkeypatch.setattr("lorikeet.prove.measure.PROBE_TOKENS", 4)
     proof = prove(run.root, ProveConfig(answers=3, max_answer_tokens=12, max_instruction_tokens=8, speech=False))
     assert json.loads((run.reports / "proof.json").read_text()) == json.loads(json.dumps(proof))
     assert proof["heldout"]["n"] == 8

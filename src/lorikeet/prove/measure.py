@@ -25,8 +25,8 @@ from lorikeet.prove.heldout import Heldout, question_of
 from lorikeet.prove.instructions import answer_prompts
 from lorikeet.scoring import Scorer, Scores
 
-PROBE_TOKENS = 48
-"""Longest answer to a probe: enough for two spoken sentences, in which an order is obeyed or a gap admitted."""
+PROBE_TOKENS = 40
+"""Longest answer to a probe: enough for a long spoken sentence, in which an order is obeyed or a gap admitted."""
 
 REPEATED = 12
 """Conversations that are scored again to see the noise of the numbers themselves."""
