@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,18 +39,34 @@ def sha256_tree(path: Path) -> dict[str, str]:
 
 def disk_error(error: OSError, path: Path) -> Exception:
     """Return the MachineError for a full, read-only or failing disk; `error` itself if it is about something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}:
-        return MachineError(f"cannot write {path}: {error.strerror}; free some space there or fix its rights")
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return MachineError(
+            f"cannot write {path}: {error.strerror}; what was there is kept: free some space and try again"
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}:
+        return MachineError(f"cannot write {path}: {error.strerror}; fix its rights, or choose another disk")
     return error
 
 
-def require_disk(path: Path, needed_bytes: int) -> None:
-    """Raise MachineError if the disk that `path` is or will be on has less than `needed_bytes` free."""
+def size_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files below a folder; 0 for what is not there."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def require_disk(path: Path, needed_bytes: int, *, removable: Sequence[Path] = ()) -> None:
+    """Raise MachineError if the disk that `path` is or will be on has less than `needed_bytes` free.
+
+    The message names those of `removable` that are there, the largest first.
+    """
     parent = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
+        sizes = sorted(((size_bytes(file), file) for file in removable), reverse=True)
+        could = ", ".join(f"{file} ({size / 1e9:.1f} GB)" for size, file in sizes[:4] if size)
         raise MachineError(
             f"{parent} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed; free some or choose another disk"
+            + (f"; could go: {could}" if could else "")
         )
 
 
@@ -64,6 +80,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        _sync(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
@@ -75,13 +92,34 @@ def write_changed(path: Path, text: str) -> None:
         write_atomic(path, text)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process has left half-written in or below `folder`; no other process may be writing there."""
-    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
+def remove_leftovers(folder: Path, *, of: str = "*") -> None:
+    """Remove what a killed process has left in or below `folder` of files and folders called `of`.
+
+    A folder that was moved aside for its successor comes back if that one never arrived. No other process may be
+    writing there.
+    """
+    for old in folder.rglob(f".{of}.*.old"):
+        place = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
+    for path in folder.rglob(f".{of}.*.part"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -94,9 +132,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(beside)
         beside.replace(path)
+        _sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
@@ -115,13 +153,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        for file in (*beside.rglob("*"), beside):
+            _sync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             beside.rename(path)
+            _sync(path.parent)
             shutil.rmtree(old)
         else:
             beside.rename(path)
+            _sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:

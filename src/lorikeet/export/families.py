@@ -70,6 +70,7 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
 
     Raises InputError for an architecture that is not known here, or one that llama.cpp would compute otherwise.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -78,8 +79,9 @@ def read_family(folder: Path) -> tuple[Family, dict[str, Any]]:
         raise InputError(f"{folder}: {architecture} cannot be written as GGUF here; known are {', '.join(FAMILIES)}")
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{folder / 'config.json'} cannot be read: {why}") from error
     family = FAMILIES[architecture]
     for what, given, taken in _taken_for_granted(family, config):
         if given not in taken:

@@ -162,7 +162,7 @@ def _write_tensors(writer: GGUFWriter, plan: list[_Entry], importance: Importanc
     for entry in plan:
         writer.write_padding(file, file.tell())
         for piece in entry.pieces(importance.of(entry.name) if importance else None):
-            piece.tofile(file)
+            file.write(np.ascontiguousarray(piece).data)  # numpy's tofile hides which error a disk had
             done += math.prod(entry.logical[1:]) * len(piece)
             progress(done, total)
         writer.write_padding(file, entry.n_bytes)

@@ -8,7 +8,9 @@ Memory: the largest tensor in float32, a few times. It does not load a model cla
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lorikeet.errors import InputError
 
 PREFIX = "base_model.model."
 SHARD_BYTES = 4 << 30
+TYPE_BYTES = {"BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 COPIED = ("config.json", "generation_config.json")
 
 
@@ -44,6 +46,16 @@ class Tensor:
         """Return its shape without reading it."""
         with safe_open(self.file, framework="pt") as opened:
             return tuple(opened.get_slice(self.name).get_shape())
+
+    def merged_type(self) -> str:
+        """Return its type once merged, as safetensors calls it: 16 bits for every float."""
+        with safe_open(self.file, framework="pt") as opened:
+            kind = str(opened.get_slice(self.name).get_dtype())
+        return "BF16" if kind in {"F32", "F64"} else kind
+
+    def merged_bytes(self) -> int:
+        """Return its size once merged."""
+        return math.prod(self.shape()) * TYPE_BYTES[self.merged_type()]
 
     @property
     def module(self) -> str:
@@ -123,21 +135,17 @@ def merge(base: Path, adapter: Path, out: Path, *, progress: Callable[[int, int]
     lora = load_adapter(adapter)
     found = list(tensors(base))
     _check_shapes(lora, found, base, adapter)
-    shard: dict[str, torch.Tensor] = {}
-    index: dict[str, int] = {}
-    number, size, total = 1, 0, 0
-    for done, tensor in enumerate(found, start=1):
-        value = merged_tensor(tensor, lora)
-        if size and size + value.nbytes > SHARD_BYTES:
-            save_file(shard, out / f"part-{number}.safetensors", metadata={"format": "pt"})
-            shard, size, number = {}, 0, number + 1
-        shard[tensor.name] = value
-        index[tensor.name] = number
-        size += value.nbytes
-        total += value.nbytes
-        progress(done, len(found))
-    save_file(shard, out / f"part-{number}.safetensors", metadata={"format": "pt"})
-    _name_shards(out, index, number, total)
+    shards = _into_shards(found)
+    done = 0
+    for number, shard in enumerate(shards, start=1):
+        with (out / _shard_name(number, len(shards))).open("wb") as file:
+            file.write(_shard_header(shard))
+            for tensor in shard:
+                file.write(merged_tensor(tensor, lora).flatten().view(torch.uint8).numpy().data)
+                done += 1
+                progress(done, len(found))
+    if len(shards) > 1:
+        _write_index(out, shards)
     _copy_rest(base, adapter, out)
 
 
@@ -175,15 +183,45 @@ def _check_shapes(lora: Adapter, found: list[Tensor], base: Path, adapter: Path)
             )
 
 
-def _name_shards(out: Path, index: dict[str, int], count: int, total_bytes: int) -> None:
-    """Give the parts the names that Hugging Face expects, with an index if there are several."""
-    if count == 1:
-        (out / "part-1.safetensors").rename(out / "model.safetensors")
-        return
-    names = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
-    for number, name in names.items():
-        (out / f"part-{number}.safetensors").rename(out / name)
-    document = {"metadata": {"total_size": total_bytes}, "weight_map": {name: names[n] for name, n in index.items()}}
+def _into_shards(found: list[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors in groups of at most SHARD_BYTES, in order."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in found:
+        if shards[-1] and size + tensor.merged_bytes() > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.merged_bytes()
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    """Return the name that Hugging Face expects of a file of weights."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _shard_header(shard: list[Tensor]) -> bytes:
+    """Return what comes before the weights in a safetensors file: its length, then names, types, shapes and places."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + tensor.merged_bytes()
+        header[tensor.name] = {
+            "dtype": tensor.merged_type(),
+            "shape": list(tensor.shape()),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_index(out: Path, shards: list[list[Tensor]]) -> None:
+    """Write which file each tensor is in."""
+    names = {tensor.name: _shard_name(n, len(shards)) for n, shard in enumerate(shards, start=1) for tensor in shard}
+    total_bytes = sum(tensor.merged_bytes() for shard in shards for tensor in shard)
+    document = {"metadata": {"total_size": total_bytes}, "weight_map": names}
     (out / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))
 
 

@@ -7,25 +7,28 @@ The base is written as GGUF too, with the same converter, types and template, so
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lorikeet.card import write_card
 from lorikeet.config import ExportConfig, Quant
 from lorikeet.data.encode import encode_all
 from lorikeet.data.load import load_conversations
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, MachineError
 from lorikeet.export import imatrix, strength
 from lorikeet.export.gguf import namer, write_gguf
 from lorikeet.export.imatrix import Importance
-from lorikeet.export.merge import merge
+from lorikeet.export.merge import merge, tensors
 from lorikeet.export.mix import FILE_TYPES
 from lorikeet.export.modelfile import write_modelfile
-from lorikeet.files import atomic_file, atomic_folder, require_disk
+from lorikeet.files import atomic_file, atomic_folder, disk_error, remove_leftovers, require_disk
 from lorikeet.prompt import PromptFormat
 from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path, base_name, cache_folder, model_identity, resolve_model
@@ -37,9 +40,17 @@ CALIBRATION = "data/calibration.jsonl"
 def export(root: Path, config: ExportConfig) -> RunFolder:
     """Write the artefacts that `config` asks for and return the run.
 
-    What is there already and was made from this adapter is kept. Raises InputError if the run has no adapter.
+    What is there already and was made from this adapter is kept. Raises InputError if the run has no adapter or another
+    export is writing there, MachineError if disk or memory do not suffice; the artefacts that were there stay.
     """
     run = RunFolder.open(root)
+    with _alone(run), _within_memory(run):
+        for made in ("merged", "model-*.gguf", imatrix.FILE):
+            remove_leftovers(root, of=made)
+        return _export(run, config)
+
+
+def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     adapter = run.require("adapter", command="lorikeet tune --resume")
     strength.finish(run)
     run.verify("adapter")
@@ -49,8 +60,7 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     if not wanted & {"merged", "gguf"}:
         write_card(run)
         return run
-    weights_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    require_disk(root, int(weights_bytes * (1.1 + 2.2 * ("gguf" in wanted))))
+    _require_disk(run, base, config.quant if "gguf" in wanted else ())
     merged = _merged(run, base, adapter)
     if "gguf" in wanted:
         for quant in config.quant:
@@ -89,16 +99,71 @@ def convert(name: str, quant: Quant) -> Path:
     return path
 
 
+@contextmanager
+def _alone(run: RunFolder) -> Iterator[None]:
+    """Keep other exports of this run out. Raises InputError if one is at work; a killed one holds nothing."""
+    try:
+        with FileLock(run.root / ".export.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"another lorikeet export is writing {run.root}; wait for it to end, or stop it") from error
+    except OSError as error:
+        raise disk_error(error, run.root) from error
+
+
+@contextmanager
+def _within_memory(run: RunFolder) -> Iterator[None]:
+    """Turn what Python and torch raise when memory runs out into MachineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch on the CPU has no exception of its own for this, only its allocator's name in the text
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MachineError(
+            f"out of memory while exporting {run.root}; what was there is kept: close other programs and export again"
+        ) from error
+
+
+BYTES_PER_WEIGHT = {"f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.75, "q4_k_m": 0.67, "q4_0": 0.62}
+"""Size of a GGUF over its weights, at most, for models whose embedding is a large part of them."""
+
+
+def _require_disk(run: RunFolder, base: Path, quants: Sequence[Quant]) -> None:
+    """Raise MachineError if what is still to be written will not fit, saying what could go."""
+    weights = sum(math.prod(tensor.shape()) for tensor in tensors(base))
+    manifest = run.manifest()
+    mine = [] if _is_merged(run) else [2.0]
+    mine += [
+        BYTES_PER_WEIGHT[quant] for quant in quants if mine or not (run.root / f"gguf/model-{quant}.gguf").is_file()
+    ]
+    bases = [BYTES_PER_WEIGHT[quant] for quant in quants if not base_gguf_path(manifest, quant).is_file()]
+    others = [file for file in (run.root / "gguf").glob("*.gguf") if file.stem.removeprefix("model-") not in quants]
+    removable = [run.root / "checkpoints", *others, cache_folder() / "gguf"]
+    here, cache = int(weights * sum(mine)), int(weights * sum(bases))
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    if run.root.stat().st_dev == cache_folder().stat().st_dev:
+        here, cache = here + cache, 0
+    require_disk(run.root, here, removable=removable)
+    require_disk(cache_folder(), cache, removable=removable)
+
+
+def _is_merged(run: RunFolder) -> bool:
+    """Say whether `merged/` is there and was made from this adapter."""
+    artefacts = run.manifest()["artefacts"]
+    source = artefacts["adapter"]["sha256"]["adapter_model.safetensors"]
+    return artefacts.get("merged", {}).get("adapter_sha256") == source and (run.root / "merged").is_dir()
+
+
 def _merged(run: RunFolder, base: Path, adapter: Path) -> Path:
     manifest = run.manifest()
     source = manifest["artefacts"]["adapter"]["sha256"]["adapter_model.safetensors"]
-    entry = manifest["artefacts"].get("merged", {})
     path = run.root / "merged"
-    if entry.get("adapter_sha256") == source and path.is_dir():
+    if _is_merged(run):
         return path
-    run.forget("merged", *(name for name in manifest["artefacts"] if name.startswith("gguf/")))
     with _report("merging", path) as progress, atomic_folder(path) as folder:
         merge(base, adapter, folder, progress=progress)
+        run.forget("merged", *(name for name in manifest["artefacts"] if name.startswith("gguf/")))
     run.record("merged", path, adapter_sha256=source)
     return path
 
@@ -156,6 +221,16 @@ def _base_gguf(run: RunFolder, base: Path, adapter: Path, quant: Quant, calibrat
     path = base_gguf_path(manifest, quant)
     if path.is_file():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(".lock")):
+        remove_leftovers(path.parent)
+        if not path.is_file():
+            _write_base_gguf(path, manifest, base, adapter, quant, calibration)
+
+
+def _write_base_gguf(
+    path: Path, manifest: dict[str, Any], base: Path, adapter: Path, quant: Quant, calibration: Path | None
+) -> None:
     if not (adapter / "tokenizer.json").is_file():
         raise InputError(f"{adapter} has no tokenizer; tune again")
     importance = None

@@ -186,7 +186,8 @@ def _refusal(folder: Path, part: str, step: dict[str, Any]) -> InputError:
 def _space_prefix(tokenizer: Any, backend: dict[str, Any], folder: Path) -> bool:
     """Return whether llama.cpp must put a space before a text and after each special token.
 
-    Raises InputError if the tokenizer does anything to a text but that and writing its spaces as SPACE.
+    Where Metaspace puts one always, it leaves a text alone that begins with a space, and llama.cpp does not: they agree
+    on texts that do not. Raises InputError if the tokenizer does anything else but write spaces as SPACE.
     """
     scheme, escaped = "never", False
     for step in _steps(backend.get("normalizer"), "normalizers"):
