@@ -171,7 +171,8 @@ def test_silence_before_a_sound_is_cut() -> None:
 
 def test_the_detector_hears_live_what_it_hears_in_a_recording() -> None:
     voice = load_voice("hibari")
-    speech = resample(np.concatenate(list(voice.speak("Hello there, how are you?"))), 24_000, HEARING_HZ)
+    said = trim_start(np.concatenate(list(voice.speak("Hello there, how are you?"))), 24_000, audible=0.02)
+    speech = resample(said, 24_000, HEARING_HZ)
     samples = np.concatenate([np.zeros(16_000, np.float32), speech, np.zeros(16_000, np.float32)])
     samples = samples[: samples.size // FRAME_SAMPLES * FRAME_SAMPLES]
     stream = load_vad().stream()

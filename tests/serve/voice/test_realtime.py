@@ -89,7 +89,7 @@ class Talker:
             assert event is not None, f"the server left before {kind}"
             if event.type == kind and all(getattr(event, name) == value for name, value in fields.items()):
                 return event
-        raise AssertionError(f"no {kind} within {PATIENCE_S:g} s; there were {self.kinds()}")
+        raise AssertionError(f"no {kind} within {PATIENCE_S:g} s; there were {list(dict.fromkeys(self.kinds()))}")
 
     def kinds(self) -> list[str]:
         return [event.type for _, event in self.seen]
