@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +48,32 @@ def test_the_table_decides(table: list[dict[str, Any]], chosen: float) -> None:
     assert strength.choose(table) == chosen
 
 
-@pytest.fixture(scope="module", params=["lora", "rslora", "pissa"])
-def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A short run of each kind."""
-    root = tmp_path_factory.mktemp(request.param)
-    data = write_jsonl(root / "chats.jsonl", make_conversations(60))
-    more: dict[str, Any] = {"rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(
-        request.param, {}
-    )
-    config = TuneConfig(model=str(tiny_model), data=str(data), max_steps=6, learning_rate=1e-2, dtype="float32", **more)
-    return loop.tune(config, out=root / "run").root
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
+    """Give a short run of a kind, tuned once."""
+
+    @cache
+    def tune(kind: str) -> Path:
+        root = tmp_path_factory.mktemp(kind)
+        data = write_jsonl(root / "chats.jsonl", make_conversations(60))
+        more: dict[str, Any] = {"rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(kind, {})
+        config = TuneConfig(
+            model=str(tiny_model), data=str(data), max_steps=6, learning_rate=1e-2, dtype="float32", **more
+        )
+        return loop.tune(config, out=root / "run").root
+
+    return tune
 
 
 @pytest.fixture
-def run(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def run(request: pytest.FixtureRequest, tuned: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> RunFolder:
+    """A copy of a run of the kind that the test names, plain LoRA by default."""
     monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "cache"))
-    return RunFolder.open(Path(shutil.copytree(tuned, tmp_path / "run")))
+    kind = getattr(request, "param", "lora")
+    return RunFolder.open(Path(shutil.copytree(tuned(kind), tmp_path / "run")))
+
+
+EVERY_KIND = pytest.mark.parametrize("run", ["lora", "rslora", "pissa"], indirect=True)
 
 
 def scale(run: RunFolder) -> float:
@@ -75,6 +87,7 @@ def settled(run: RunFolder, asked: str) -> dict[str, Any]:
     return entry
 
 
+@EVERY_KIND
 def test_a_strength_is_applied_once_and_can_be_changed(run: RunFolder) -> None:
     full = scale(run)
     step = run.manifest()["artefacts"]["adapter"]["step"]
@@ -84,6 +97,7 @@ def test_a_strength_is_applied_once_and_can_be_changed(run: RunFolder) -> None:
     assert run.manifest()["artefacts"]["adapter"]["step"] == step
 
 
+@EVERY_KIND
 def test_merged_weights_have_the_strength_too_and_are_made_again(run: RunFolder, tiny_model: Path) -> None:
     from safetensors.torch import load_file
 
