@@ -121,6 +121,7 @@ def test_the_weights_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["name"] for row in json.loads(out)["packaged"]} == {
         "smollm2-135m-instruct",
         "whisper-tiny.en",
+        "silero-vad",
         "hibari",
         "spoken",
     }
