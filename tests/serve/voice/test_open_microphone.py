@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,23 @@ from lorikeet.speech.speak import load_voice
 from tests.serve.fakes import API_KEY, ScriptedEngine, served
 from tests.serve.test_browser import CHROMIUM, PATIENCE_MS
 
+# Gradio leaves event loops open when an app is let go; they are collected here, and not in another test.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 RATE_HZ = 24_000
 SHOTS = os.environ.get("LORIKEET_SHOT")
 """Where to put a picture of the page while it speaks, for people to look at."""
 
 LONG = [f"This is part {number} of a very long answer about parrots. " for number in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
