@@ -105,7 +105,7 @@ def test_q8_0_is_the_packages_own() -> None:
         (Kind.Q5_0, 0.036, 0.041),
         (Kind.Q4_K, 0.060, 0.071),
         (Kind.Q4_1, 0.060, 0.070),
-        (Kind.Q4_0, 0.070, 0.082),
+        (Kind.Q4_0, 0.070, 0.0845),
     ],
 )
 def test_the_error_on_normal_weights(kind: Kind, least: float, most: float) -> None:
@@ -118,13 +118,14 @@ def test_the_search_is_near_the_best_multiplier(kind: Kind, half: int) -> None:
     """The best of three thousand multipliers, each rounded to float16, is not much better than what was found."""
     values = gauss(8, 256, seed=3)
     blocks = values.reshape(-1, 32)
+    weights = np.sqrt(np.square(values) + np.square(values).mean(axis=1, keepdims=True)).reshape(-1, 32)
     best = np.full(len(blocks), np.inf)
     for step in np.linspace(0.5, 1.3, 1500):
         for sign in (-1, 1):
             scale = (sign * np.abs(blocks).max(axis=1) / (half * step)).astype(np.float16).astype(np.float32)[:, None]
             codes = np.clip(np.rint(blocks / scale), -half, half - 1)
-            best = np.minimum(best, np.square(codes * scale - blocks).sum(axis=1))
-    found = np.square(decoded(values, kind).reshape(-1, 32) - blocks).sum(axis=1)
+            best = np.minimum(best, (weights * np.square(codes * scale - blocks)).sum(axis=1))
+    found = (weights * np.square(decoded(values, kind).reshape(-1, 32) - blocks)).sum(axis=1)
     assert found.sum() < 1.01 * best.sum()
 
 
@@ -169,6 +170,16 @@ def test_importance_lowers_the_error_that_it_weighs(kind: Kind) -> None:
     values, importance = gauss(), np.random.default_rng(1).lognormal(0, 1.5, 512).astype(np.float32)
     without, with_it = ((np.square(decoded(values, kind, i) - values) * importance).mean() for i in (None, importance))
     assert with_it < (0.97 if kind != Kind.Q6_K else 0.99) * without
+
+
+@pytest.mark.parametrize("kind", SEARCHED)
+def test_a_column_a_million_times_as_important_is_kept(kind: Kind) -> None:
+    """One input that is always large, as layers of real models have: its weights are exact to what float16 leaves."""
+    values, importance = gauss(seed=5), np.full(512, 0.02, dtype=np.float32)
+    importance[77] = 7e4
+    off = np.abs(decoded(values, kind, importance) - values)[:, 77]
+    assert np.median(off) < 1e-4  # the values are about 0.02
+    assert off.max() < 3e-3
 
 
 def test_columns_without_importance_are_still_written() -> None:

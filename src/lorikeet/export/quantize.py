@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Doubles = NDArray[np.float64]
 
 PIECE_VALUES = 1 << 17
 """Values that one thread works on at a time: few enough for the caches."""
@@ -38,7 +39,10 @@ FLOAT16_MAX = 65_504.0
 REFINEMENTS = 3
 """How often the best multiplier of all tries is fitted to its own codes again."""
 
-ROUNDS = 2
+SMALL_CODES = 6
+"""Codes, on both sides of 0, that the value whose error would cost most is tried as."""
+
+ROUNDS = 4
 """How often the codes of a super-block's multipliers and the steps between them are fitted to each other."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -94,12 +98,12 @@ def check_finite(values: Floats) -> None:
 # Arrays of values have shape (groups, parts, size, LANES): a lane is one block of the format, its parts are what has a
 # multiplier of its own. Arrays of multipliers have shape (groups, parts, LANES). ONE and ZERO keep numba in float32.
 
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 MAGIC = np.float32(1.5 * 2**23)
 """Added and taken away again it leaves the nearest whole number, halves to even, for what is within four million."""
 
-ALIKE = np.float32(1e-6)
+ALIKE = 1e-12
 """Codes that vary by less than this, relatively, are all the same but for rounding."""
 
 
@@ -111,7 +115,7 @@ class _Blocks:
         groups = -(-self.count // LANES)
         self.values: Floats = np.zeros((groups, parts, size, LANES), dtype=np.float32)
         self.weights: Floats = np.ones_like(self.values)
-        _lay_out(piece, _floored(importance, piece.shape[1]), importance is not None, self.values, self.weights)
+        _lay_out(piece, _floored(importance, piece.shape[1]), self.values, self.weights)
 
     def multipliers(self) -> Floats:
         """Return room for one number of each part, shape (groups, parts, LANES)."""
@@ -139,11 +143,11 @@ def _floored(importance: Floats | None, columns: int) -> Floats:
 
 
 @_compiled
-def _lay_out(piece: Floats, importance: Floats, weighted: bool, values: Floats, weights: Floats) -> None:
+def _lay_out(piece: Floats, importance: Floats, values: Floats, weights: Floats) -> None:
     """Put the blocks of `piece`, shape (rows, columns), into lanes.
 
-    If `weighted`, an error counts by the column's importance times sqrt(s + x**2), s being the mean square of the row:
-    llama.cpp's rule, which keeps large weights exact beyond what the importance says.
+    An error counts by the column's importance times sqrt(s + x**2), s being the mean square of the row: llama.cpp's
+    rule, which keeps large weights exact beyond what the importance says.
     """
     rows, columns = piece.shape
     _, parts, size, _ = values.shape
@@ -160,17 +164,17 @@ def _lay_out(piece: Floats, importance: Floats, weighted: bool, values: Floats, 
                 for place in range(size):
                     value = piece[row, first + place]
                     values[group, part, place, lane] = value
-                    if weighted:
-                        weights[group, part, place, lane] = importance[first + place] * np.sqrt(mean + value * value)
+                    weights[group, part, place, lane] = importance[first + place] * np.sqrt(mean + value * value)
 
 
 @_compiled
 def _tally(
-    x: Floats, w: Floats, inverse: Floats, shift: Floats, low: Any, high: Any, q: Floats, qq: Floats, xq: Floats
+    x: Floats, w: Floats, inverse: Floats, shift: Floats, low: Any, high: Any, q: Doubles, qq: Doubles, xq: Doubles
 ) -> None:
     """Round x * inverse + shift to codes and set the weighted sums of code, squared code, and value times code.
 
-    `x` and `w` have shape (size, LANES), the others (LANES,).
+    `x` and `w` have shape (size, LANES), the others (LANES,). Sums are float64: one column can be a million times as
+    important as the rest.
     """
     for lane in range(LANES):
         q[lane] = qq[lane] = xq[lane] = ZERO
@@ -178,10 +182,25 @@ def _tally(
         for lane in range(LANES):
             code = (x[place, lane] * inverse[lane] + shift[lane] + MAGIC) - MAGIC
             code = min(max(code, low), high)
-            share = w[place, lane] * code
+            share = np.float64(w[place, lane]) * code
             q[lane] += share
             qq[lane] += share * code
             xq[lane] += share * x[place, lane]
+
+
+@_compiled
+def _error(x: Floats, w: Floats, inverse: Floats, shift: Floats, high: Any, line: Floats, error: Any) -> None:
+    """Set the weighted squared error of line[0] * code - line[1], the code being that of `_tally`.
+
+    Difference by difference: from the sums it would be the small difference of large numbers.
+    """
+    for lane in range(LANES):
+        error[lane] = ZERO
+    for place in range(x.shape[0]):
+        for lane in range(LANES):
+            code = (x[place, lane] * inverse[lane] + shift[lane] + MAGIC) - MAGIC
+            off = line[0, lane] * min(max(code, ZERO), high) - line[1, lane] - x[place, lane]
+            error[lane] += w[place, lane] * off * off
 
 
 @_compiled
@@ -216,30 +235,38 @@ def _fit_scales(values: Floats, weights: Floats, low: Any, high: Any, tries: Flo
     """Set the multiplier of each part such that multiplier * code, code from `low` to `high`, is nearest to its values.
 
     A try t rounds with the multiplier that makes the largest value the code t, and is followed by the multiplier that
-    fits those codes best, sum(wxq) / sum(wqq). The best of all is fitted to its own codes again.
+    fits those codes best, sum(wxq) / sum(wqq). So is every small code for the value whose loss would cost most: with
+    some columns a million times as important as others, all depends on those. The best of all is fitted again.
     """
     groups, parts, size, _ = values.shape
     peak, inverse, shift = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.zeros(LANES, np.float32)
-    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    best = np.empty(LANES, np.float32)
+    q, qq, xq = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    best, cost, dearest = np.empty(LANES), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for group in range(groups):
         for part in range(parts):
             x, w, fitted = values[group, part], weights[group, part], scale[group, part]
             for lane in range(LANES):
-                peak[lane] = best[lane] = fitted[lane] = ZERO
+                peak[lane] = best[lane] = fitted[lane] = cost[lane] = dearest[lane] = ZERO
             for place in range(size):
                 for lane in range(LANES):
-                    if abs(x[place, lane]) > abs(peak[lane]):
-                        peak[lane] = x[place, lane]
-            for number in range(len(tries) + REFINEMENTS):
+                    value = x[place, lane]
+                    if abs(value) > abs(peak[lane]):
+                        peak[lane] = value
+                    if w[place, lane] * value * value > cost[lane]:
+                        cost[lane], dearest[lane] = w[place, lane] * value * value, value
+            for number in range(len(tries) + 2 * SMALL_CODES + REFINEMENTS):
+                small = number - len(tries)
                 for lane in range(LANES):
-                    if number < len(tries):
+                    if small < 0:
                         inverse[lane] = tries[number] / peak[lane] if peak[lane] != ZERO else ZERO
+                    elif small < 2 * SMALL_CODES:
+                        code = np.float32(small // 2 + 1) if small % 2 else -np.float32(small // 2 + 1)
+                        inverse[lane] = code / dearest[lane] if dearest[lane] != ZERO else ZERO
                     else:
                         inverse[lane] = ONE / fitted[lane] if fitted[lane] != ZERO else ZERO
                 _tally(x, w, inverse, shift, low, high, q, qq, xq)
                 for lane in range(LANES):
-                    tried = xq[lane] / qq[lane] if qq[lane] > ZERO else ZERO
+                    tried = xq[lane] / qq[lane] if qq[lane] > 0.0 else 0.0
                     if tried * xq[lane] > best[lane]:
                         best[lane], fitted[lane] = tried * xq[lane], tried
 
@@ -300,9 +327,9 @@ def _fit_lines(
     without an offset where that may not be. The best of all is fitted to its own codes again.
     """
     groups, parts, size, _ = values.shape
-    inverse, shift, best = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    sum_w, sum_wx = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    inverse, shift, best = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES)
+    q, qq, xq = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    sum_w, sum_wx = np.empty(LANES), np.empty(LANES)
     lowest, highest = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for group in range(groups):
         for part in range(parts):
@@ -315,11 +342,11 @@ def _fit_lines(
                     lowest[lane] = min(lowest[lane], x[place, lane])
                     highest[lane] = max(highest[lane], x[place, lane])
                     sum_w[lane] += w[place, lane]
-                    sum_wx[lane] += w[place, lane] * x[place, lane]
+                    sum_wx[lane] += np.float64(w[place, lane]) * x[place, lane]
             for lane in range(LANES):
                 if below_zero:
                     lowest[lane] = min(lowest[lane], ZERO)
-                slope[lane], start[lane], best[lane] = ZERO, lowest[lane], -np.float32(np.inf)
+                slope[lane], start[lane], best[lane] = ZERO, lowest[lane], -np.inf
             for number in range(len(tries) + REFINEMENTS):
                 for lane in range(LANES):
                     if number < len(tries):
@@ -332,12 +359,12 @@ def _fit_lines(
                 _tally(x, w, inverse, shift, ZERO, high, q, qq, xq)
                 for lane in range(LANES):
                     area = sum_w[lane] * qq[lane] - q[lane] * q[lane]
-                    tried = ZERO
+                    tried = 0.0
                     if area > ALIKE * sum_w[lane] * qq[lane]:
                         tried = (sum_w[lane] * xq[lane] - sum_wx[lane] * q[lane]) / area
                     at = (sum_wx[lane] - tried * q[lane]) / sum_w[lane]
                     if below_zero and at > ZERO:
-                        at, tried = ZERO, (xq[lane] / qq[lane] if qq[lane] > ZERO else ZERO)
+                        at, tried = 0.0, (xq[lane] / qq[lane] if qq[lane] > 0.0 else 0.0)
                     gain = tried * xq[lane] + at * sum_wx[lane]
                     if gain > best[lane]:
                         best[lane], slope[lane], start[lane] = gain, tried, at
@@ -431,10 +458,10 @@ def _improve_super(
     """
     groups, parts, size, _ = values.shape
     inverse, shift, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    sum_w, sum_wx = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    kept = np.empty((5, LANES), np.float32)
-    normal = np.empty((5, LANES), np.float32)
+    q, qq, xq = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    sum_w, sum_wx = np.empty(LANES), np.empty(LANES)
+    kept, tried, error = np.empty((5, LANES)), np.empty((4, LANES), np.float32), np.empty(LANES, np.float32)
+    normal = np.empty((5, LANES))
     for group in range(groups):
         normal[:] = ZERO
         for part in range(parts):
@@ -444,7 +471,7 @@ def _improve_super(
             for place in range(size):
                 for lane in range(LANES):
                     sum_w[lane] += w[place, lane]
-                    sum_wx[lane] += w[place, lane] * x[place, lane]
+                    sum_wx[lane] += np.float64(w[place, lane]) * x[place, lane]
             least[:] = np.float32(np.inf)
             for change in (0, -1, 1):
                 for lane in range(LANES):
@@ -458,13 +485,14 @@ def _improve_super(
                     scale, step = scale_step[group, lane] * code, depth_step[group, lane]
                     below = ZERO
                     if step > ZERO:
-                        below = ((scale * q[lane] - sum_wx[lane]) / (sum_w[lane] * step) + MAGIC) - MAGIC
+                        below = (np.float32((scale * q[lane] - sum_wx[lane]) / (sum_w[lane] * step)) + MAGIC) - MAGIC
                         below = min(max(below, ZERO), np.float32(63))
                     depth = step * below
-                    error = scale * (scale * qq[lane] - TWO * xq[lane] - TWO * depth * q[lane])
-                    error += depth * (TWO * sum_wx[lane] + depth * sum_w[lane])
-                    if error < least[lane]:
-                        least[lane] = error
+                    tried[0, lane], tried[1, lane], tried[2, lane], tried[3, lane] = scale, depth, code, below
+                _error(x, w, inverse, shift, high, tried, error)
+                for lane in range(LANES):
+                    if error[lane] < least[lane]:
+                        least[lane], code, below = error[lane], tried[2, lane], tried[3, lane]
                         kept[0, lane], kept[1, lane] = code, below
                         kept[2, lane], kept[3, lane], kept[4, lane] = q[lane], qq[lane], xq[lane]
             for lane in range(LANES):
@@ -529,8 +557,8 @@ def _improve_scaled(
     """Set the eight-bit codes of multipliers `scale` for a given step, and the step that then fits all 256 values best."""
     groups, parts, _, _ = values.shape
     inverse, shift = np.empty(LANES, np.float32), np.zeros(LANES, np.float32)
-    q, qq, xq = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    above, below = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    q, qq, xq = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    above, below = np.empty(LANES), np.empty(LANES)
     for group in range(groups):
         above[:] = ZERO
         below[:] = ZERO
