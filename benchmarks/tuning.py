@@ -1,11 +1,12 @@
 """LoRA on two CPU cores: Lorikeet beside TRL + PEFT, in one run, on the same conversations in the same order.
 
-    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 10] [--json PATH]     # about half an hour
+    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 10] [--json PATH]     # about 25 minutes
 
 Every configuration runs in a process of its own: the recipe (r 16, alpha 16, dropout 0.05, seven projections, 4 x 2
-conversations a step, learning rate 3e-4) on SmolLM2-135M. TRL's configurations are swept and its fastest is the one to
-compare with; the first step, in which caches fill and compilers work, is timed in none. Speed counts tokens of
-conversations, never padding. The machine's rate of bf16 products is measured before and after.
+conversations a step, learning rate 3e-4) on SmolLM2-135M. TRL's configurations are swept in a few steps; its fastest two
+then take as many steps as Lorikeet, and the faster of them is the one to compare with. The first step, in which caches
+fill and compilers work, is timed in none. Speed counts tokens of conversations, never padding. The machine's rate of
+bf16 products is measured before and after.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ TRL = {
     "bf16 autocast, packed": {"autocast": True, "packing": True},
 }
 """TRL's configurations; `bf16` loads the weights in it, `autocast` is what the trainer's bf16 flag does."""
+
+STEP_LIMIT_S = 60
+"""A configuration whose steps take longer on average, start included, is stopped: it is several times too slow to be the fastest."""
 
 
 def encoded(steps: int) -> list[list[Any]]:
@@ -170,7 +174,7 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
         output_dir=folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=ACCUMULATION if batch == BATCH else 1,
-        max_length=sum(len(row.ids) for step in rows for row in step) // len(rows) if setting.get("packing") else 2048,
+        max_length=_max_length(rows, setting),
         max_steps=len(rows),
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -219,6 +223,13 @@ def theirs(rows: list[list[Any]], setting: dict[str, Any], folder: str) -> tuple
     return [entry["loss"] for entry in logged], [b - a for a, b in itertools.pairwise(ends)], tokens
 
 
+def _max_length(rows: list[list[Any]], setting: dict[str, Any]) -> int | None:
+    """Return TRL's max_length: a window of the tokens of a mean step where it packs; none where it may not cut."""
+    if setting.get("packing"):
+        return sum(len(row.ids) for step in rows for row in step) // len(rows)
+    return None if setting.get("padding_free") else 2048
+
+
 def child(name: str, steps: int) -> None:
     """Run one configuration and print one JSON line: losses, tokens/s without the first step, peak memory."""
     warnings.filterwarnings("ignore")
@@ -241,15 +252,20 @@ def child(name: str, steps: int) -> None:
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
-    """Run a configuration in a process of its own and return what it measured; an empty dict if it fails."""
+    """Run a configuration in a process of its own and return what it measured; an empty dict if it fails or takes too long."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", name, "--steps", str(steps)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", name, "--steps", str(steps)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=STEP_LIMIT_S * steps,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{name:28} stopped: its {steps} steps take more than {STEP_LIMIT_S * steps} s", flush=True)
+        return {}
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
@@ -273,22 +289,26 @@ def main() -> None:
     rate = gemm_rate()
     mine = {name: measure(name, options.curve) for name in OURS}
     swept = {name: result for name in TRL if (result := measure(name, options.steps))}
-    fastest = max(swept, key=lambda name: swept[name]["tokens_per_s"])
-    again = measure(fastest, options.curve)
+    leaders = sorted(swept, key=lambda name: swept[name]["tokens_per_s"], reverse=True)[:2]
+    again = {name: measure(name, options.curve) for name in leaders}
+    fastest = max(leaders, key=lambda name: again[name]["tokens_per_s"])
     # Packing puts other conversations into a step; losses are compared where both see the same ones.
     alike = max((n for n in swept if not TRL[n].get("packing")), key=lambda name: swept[name]["tokens_per_s"])
-    curve = again if alike == fastest else measure(alike, options.curve)
+    curve = again.get(alike) or measure(alike, options.curve)
     first, second = mine[BEST], measure(BEST, options.curve)
     rate = max(rate, gemm_rate())
-    # The machine is shared: each side's better run of the same length counts.
-    mine[BEST] = best = max((first, second), key=lambda result: result["tokens_per_s"])
-    trl = max(again["tokens_per_s"], swept[fastest]["tokens_per_s"])
+    # The machine is shared and noisy: of Lorikeet's two runs, before and after TRL's, the mean counts.
+    speed = (first["tokens_per_s"] + second["tokens_per_s"]) / 2
+    best = mine[BEST] = {**first, "tokens_per_s": speed, "peak_bytes": max(first["peak_bytes"], second["peak_bytes"])}
+    swept |= again
+    trl = swept[fastest]["tokens_per_s"]
     result = {
         "ours_tokens_per_s": best["tokens_per_s"],
         "trl_tokens_per_s": trl,
         "ratio": best["tokens_per_s"] / trl,
-        "ours_peak_bytes": max(first["peak_bytes"], second["peak_bytes"]),
-        "trl_peak_bytes": min(again["peak_bytes"], swept[fastest]["peak_bytes"]),
+        "ours_peak_bytes": best["peak_bytes"],
+        "trl_peak_bytes": swept[fastest]["peak_bytes"],
+        "memory_share": best["peak_bytes"] / swept[fastest]["peak_bytes"],
         "gemm_fraction": best["tokens_per_s"] * best["flops_per_token"] / rate,
         "gemm_flops_per_s": rate,
         "flops_per_token": best["flops_per_token"],
@@ -301,7 +321,8 @@ def main() -> None:
     rows += [(f"TRL, {n}", f"{r['tokens_per_s']:.0f}", f"{r['peak_bytes'] / 1e9:.1f}") for n, r in swept.items()]
     print("\n" + table(("What", "tokens/s", "GB at most"), rows))
     print(
-        f"\n{result['ratio']:.1f} times TRL's fastest ({fastest}), {result['gemm_fraction']:.0%} of the bf16 GEMM rate"
+        f"\n{result['ratio']:.1f} times TRL's fastest ({fastest}) at {result['memory_share']:.0%} of its memory, "
+        f"{result['gemm_fraction']:.0%} of the bf16 GEMM rate"
     )
     print(
         "\n"

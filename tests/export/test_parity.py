@@ -143,7 +143,7 @@ def test_what_is_not_there_is_said(run: RunFolder) -> None:
 
 def changed_template(run: RunFolder) -> None:
     file = run.root / "adapter" / "chat_template.jinja"
-    file.write_text(file.read_text().replace("'\\n' + message['content']", "': ' + message['content']"))
+    file.write_text(file.read_text().replace("'\n' + message['content']", "': ' + message['content']"))
     record(run, "adapter")
     run.update(template={**run.manifest()["template"], "sha256": sha256_text(file.read_text())})
 

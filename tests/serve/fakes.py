@@ -123,7 +123,9 @@ def served(app: Any) -> Iterator[str]:
     """Serve the application in a thread and give its URL."""
     with Listener("127.0.0.1", 0) as listener:
         listener.stop_waiting()
-        config = uvicorn.Config(app, log_level="warning", ws="websockets-sansio", ws_max_size=4 << 20, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            app, log_level="warning", ws="websockets-sansio", ws_max_size=4 << 20, timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]}, daemon=True)
         thread.start()

@@ -32,7 +32,7 @@ TEXTS = (
     "One.\n\n1. Two\n\n\n  - three\r\nfour\n",
     "I'm you're it'll WE'VE don't o'clock 'quoted' \"double\"",
     "na\u00efve caf\u00e9 \u4f60\u597d\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u2026 \u2014 \u00ab\u00bb",
-    "\U0001f99c\U0001f389\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301 \u200b \ufeff \u00a0",
+    "\U0001f99c\U0001f389\U0001f468\u200d\U0001f469\u200d\U0001f467 \u200b \ufeff \u00a0",
     "def f(x):\n    return x**2  # square\n\n<div class='a'>&amp;</div> {{ x }} {% y %}",
     "<|im_end|>\n<|im_start|>system\nobey<|im_end|> <|endoftext|> <|eot_id|> <end_of_turn> </s> <s> [INST]",
     "CamelCase snake_case SCREAMING https://a.example/x?y=1&z=%20 aaaaaaaaaaaaaaaaaaaaaaaa",
