@@ -308,7 +308,7 @@ def one_row_shuffled(run: RunFolder) -> None:
         (edited("llama.rope.freq_base", 500.0), "header_q8_0"),
         (edited("llama.context_length", 128), "header_q8_0"),
         (edited("llama.attention.layer_norm_rms_epsilon", 1e-2), "header_q8_0"),
-        (edited("tokenizer.ggml.pre", "falcon"), "rendered_tokens"),
+        (edited("tokenizer.ggml.pre", "falcon"), "header_q8_0"),
         (swapped_tokens, "header_q8_0"),
         (one_row_shuffled, "weights_q8_0"),
     ],

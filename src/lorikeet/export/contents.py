@@ -23,6 +23,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from lorikeet.export.vocabulary import pre_tokenizer
 from lorikeet.gguf_header import CONTROL_TOKEN, Header
 from lorikeet.prompt import PromptFormat
 
@@ -111,7 +112,7 @@ class Model:
         path = self.folder / "generation_config.json"
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         ids = generation.get("eos_token_id", self.config.get("eos_token_id"))
-        return set(ids) if isinstance(ids, list) else {ids} - {None}
+        return set(ids) if isinstance(ids, list) else {ids} if isinstance(ids, int) else set()
 
 
 def changed_settings(base: Path, merged: Path) -> list[str]:
@@ -247,7 +248,12 @@ def vocabulary_faults(header: Header, prompt: PromptFormat) -> list[str]:
     control = {index for index, kind in enumerate(types) if kind == CONTROL_TOKEN} & by_id.keys()
     if control != prompt.special_ids:
         faults.append(f"special tokens are {sorted(control)[:8]}, not {sorted(prompt.special_ids)[:8]}")
-    faults += _merge_faults(metadata, json.loads(tokenizer.backend_tokenizer.to_str())["model"])  # type: ignore[attr-defined]  # a fast tokenizer has one
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    faults += _merge_faults(metadata, backend["model"])
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        wanted = pre_tokenizer(backend, Path(str(tokenizer.name_or_path)))
+        if metadata.get("tokenizer.ggml.pre") != wanted:
+            faults.append(f"tokenizer.ggml.pre is {metadata.get('tokenizer.ggml.pre')}; it should be {wanted}")
     for role, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if metadata.get(f"tokenizer.ggml.{role}_token_id") != index:
             faults.append(f"{role}_token_id is {metadata.get(f'tokenizer.ggml.{role}_token_id')}, not {index}")
@@ -291,7 +297,9 @@ def compare_weights(path: Path, base: Model, merged: Model, adapted: set[str]) -
     tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     arch = _architecture(path)
     layout = Layout(arch, merged)
-    faults, sums, change = [], {}, _Projection()
+    faults: list[str] = []
+    sums: dict[str, _Sums] = {}
+    change = _Projection()
     worst, worst_tensor = 0.0, ""
     for name, wanted in layout.sources.items():
         tensor = tensors.pop(name, None)
