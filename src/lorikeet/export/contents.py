@@ -37,13 +37,13 @@ ROW_ERROR_LIMITS = {
     GGMLQuantizationType.F16: 2**-11,
     GGMLQuantizationType.BF16: 2**-8,
     GGMLQuantizationType.Q8_0: 0.02,
-    GGMLQuantizationType.Q6_K: 0.06,
-    GGMLQuantizationType.Q5_K: 0.12,
-    GGMLQuantizationType.Q5_0: 0.12,
-    GGMLQuantizationType.Q5_1: 0.12,
-    GGMLQuantizationType.Q4_K: 0.25,
-    GGMLQuantizationType.Q4_0: 0.25,
-    GGMLQuantizationType.Q4_1: 0.25,
+    GGMLQuantizationType.Q6_K: 0.2,
+    GGMLQuantizationType.Q5_K: 0.25,
+    GGMLQuantizationType.Q5_0: 0.25,
+    GGMLQuantizationType.Q5_1: 0.25,
+    GGMLQuantizationType.Q4_K: 0.4,
+    GGMLQuantizationType.Q4_0: 0.4,
+    GGMLQuantizationType.Q4_1: 0.4,
 }
 """Largest relative error (RMS of the error over RMS of the row) of any row of a tensor, by the type it is stored in."""
 
@@ -56,7 +56,7 @@ class Weights(Mapping[str, Any]):
 
     def __init__(self, folder: Path) -> None:
         """List the tensors in the safetensors files of `folder`."""
-        self._files = {}
+        self._files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
