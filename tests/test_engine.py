@@ -8,7 +8,9 @@ import signal
 import struct
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
@@ -144,3 +146,30 @@ def test_hostile_headers_are_refused(tmp_path: Path, data: bytes, message: str) 
     path.write_bytes(data)
     with pytest.raises(InputError, match=message):
         read_header(path)
+
+
+def test_no_connection_is_used_twice() -> None:
+    """A kept one may be closed by the server, or by another thread, just as a request is put on it."""
+    seen: list[tuple[int, str | None]] = []
+
+    class Models(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            seen.append((self.client_address[1], self.headers["Connection"]))
+            body = b'{"data": [{"id": "one"}]}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with HttpEngine.connect(f"http://127.0.0.1:{server.server_port}") as engine:
+            engine.get("/v1/models")
+        server.shutdown()
+    assert [header for _, header in seen] == ["close", "close"]
+    assert len({port for port, _ in seen}) == 2

@@ -72,12 +72,12 @@ class HttpEngine:
         """Talk to `url` (with or without `/v1`) and ask for the model `name`; messages cannot contain `specials`."""
         self.name = name
         self._specials = tuple(specials)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # llama-server closes idle connections on its own, and httpx may hand one to a thread while another closes it:
+        # no connection is used twice.
+        headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         base = url.rstrip("/").removesuffix("/v1")
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
-        # llama-server closes idle connections on its own; a request that meets such a one would fail for nothing.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False)
 
     @classmethod
     def connect(cls, url: str, *, api_key: str = "") -> HttpEngine:

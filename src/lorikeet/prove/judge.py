@@ -14,13 +14,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lorikeet.data.prose import MOST_FORGOTTEN
 from lorikeet.prove.compare import Interval, compare, paired_shares, ratio_interval, share
-from lorikeet.prove.grounding import succeeded
+from lorikeet.prove.grounding import Probe, recited, succeeded
 from lorikeet.prove.heldout import question_of
 from lorikeet.prove.instructions import accuracy
 from lorikeet.prove.measure import Losses, Measured, Noise, Plan
@@ -77,6 +77,7 @@ def judge(base: Measured, tuned: Measured, plan: Plan, *, noise: Noise, heard: d
         "probes": [
             {"name": p.name, "question": p.question, "base": b.text, "tuned": t.text}
             | {f"{who}_marked": succeeded(p, a.text) for who, a in (("base", b), ("tuned", t))}
+            | {f"{who}_recited": p.kind == "order" and recited(p, a.text) for who, a in (("base", b), ("tuned", t))}
             for p, b, t in zip(plan.probes, base.replies.probes, tuned.replies.probes, strict=True)
         ],
     }
@@ -98,11 +99,17 @@ def _ending(base: Measured, tuned: Measured) -> dict[str, Any]:
 
 def _grounding(base: Measured, tuned: Measured, plan: Plan) -> dict[str, Any]:
     """Return, for each kind of probe, both models' rates with Wilson's intervals, and the paired difference."""
+    asked: list[tuple[str, str, Callable[[Probe, str], bool]]] = [
+        ("missing", "declines", succeeded),
+        ("order", "obeys_orders", succeeded),
+        ("order", "recites_orders", recited),
+        ("answered", "uses_answer", succeeded),
+    ]
     result = {}
-    for kind, name in (("missing", "declines"), ("order", "obeys_orders"), ("answered", "uses_answer")):
+    for kind, name, test in asked:
         places = [place for place, probe in enumerate(plan.probes) if probe.kind == kind]
         flags = {
-            who: [succeeded(plan.probes[place], m.replies.probes[place].text) for place in places]
+            who: [test(plan.probes[place], m.replies.probes[place].text) for place in places]
             for who, m in (("base", base), ("tuned", tuned))
         }
         change = paired_shares(flags["base"], flags["tuned"], resamples=plan.config.resamples)
