@@ -31,6 +31,9 @@ from lorikeet.tune.loss import chunked_loss
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 """Model types whose fast path is compared with their plain one by the tests, number against number."""
 
+MEMORY_BUDGET = 0.9
+"""Share of a compiled block's activations that is kept for the backward pass; the cheapest to compute again are not. Measured
+on SmolLM2: 2.5 instead of 2.6 GB at the same speed; 0.8 takes 1.7 GB and a fifth of the speed."""
 
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 """Any of these will do for torch.compile on a CPU."""
@@ -77,6 +80,9 @@ class Scorer:
             return "there is no C++ compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
         if on_cpu and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             return "Python's headers are not here (Debian, Ubuntu: apt-get install python3-dev)"
+        from torch._functorch import config as partitioner
+
+        partitioner.activation_memory_budget = MEMORY_BUDGET
         for block in self.model.get_base_model().get_decoder().layers:
             block.compile(dynamic=True)
         return ""

@@ -62,6 +62,7 @@ class SharedInput:
         self.place = torch.tensor(place, dtype=torch.float64)
         bases = [layer.base_layer for layer in layers]
         self.sizes = [base.out_features for base in bases]
+        self.mask_again = bases[0].in_features > sum(self.sizes)
         self.weight = torch.cat([base.weight.data for base in bases])
         self.bias = torch.cat([base.bias.data for base in bases]) if bases[0].bias is not None else None
         for base, part in zip(bases, torch.split(self.weight, self.sizes), strict=True):
@@ -81,7 +82,7 @@ class SharedInput:
         b = torch.block_diag(*parts).to(x.dtype)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         drops = bool(self.masks.probability) and self.layers[0].training
         pool = self.masks.pool if drops else None
-        y, _, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place)
+        y, _, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place, self.mask_again)
         return torch.split(y.view(*x.shape[:-1], -1), self.sizes, -1)
 
 
@@ -105,14 +106,18 @@ def _product(
     b: torch.Tensor,
     pool: torch.Tensor | None,
     place: torch.Tensor,
+    mask_again: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return x @ weight^T + bias + (x * mask) @ a^T @ b^T, (x * mask) @ a^T, and x * mask.
 
-    The mask is that of `pool` at `place`; without a pool there is none, and the third is empty. Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
+    The mask is that of `pool` at `place`; without a pool there is none. The third is empty without a mask, and with
+    `mask_again`, which has the backward pass multiply again: for wide inputs that costs less than keeping the product.
+    Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
     """
-    masked = x.new_empty(0) if pool is None else x * window(pool, place, x)
-    inner = (x if pool is None else masked) @ a.t()
-    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner, masked
+    masked = x if pool is None else x * window(pool, place, x)
+    inner = masked @ a.t()
+    kept = x.new_empty(0) if pool is None or mask_again else masked
+    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner, kept
 
 
 @_product.register_fake
@@ -124,55 +129,61 @@ def _(
     _b: torch.Tensor,
     pool: torch.Tensor | None,
     _place: torch.Tensor,
+    mask_again: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    masked = x.new_empty(0) if pool is None else torch.empty_like(x)
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0]), masked
+    kept = x.new_empty(0) if pool is None or mask_again else torch.empty_like(x)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0]), kept
 
 
 @torch.library.custom_op("lorikeet::lora_product_backward", mutates_args=())
 def _backward(
     upper: torch.Tensor,
-    masked: torch.Tensor,
+    kept: torch.Tensor,
     inner: torch.Tensor,
     weight: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     pool: torch.Tensor | None,
     place: torch.Tensor,
+    mask_again: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, a and b; `masked` is x * mask, or x where there is no mask."""
+    """Return the gradients of x, a and b; `kept` is x where there is no mask or it is applied again, else x * mask."""
     d_inner = upper @ b
     d_x = upper @ weight
+    masked = kept
     if pool is None:
         d_x.addmm_(d_inner, a)
     else:
-        d_x.addcmul_(d_inner @ a, window(pool, place, masked))
+        mask = window(pool, place, kept)
+        d_x.addcmul_(d_inner @ a, mask)
+        masked = kept * mask if mask_again else kept
     return d_x, d_inner.t() @ masked, upper.t() @ inner
 
 
 @_backward.register_fake
 def _(
     _upper: torch.Tensor,
-    masked: torch.Tensor,
+    kept: torch.Tensor,
     _inner: torch.Tensor,
     _weight: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(masked), torch.empty_like(a), torch.empty_like(b)
+    return torch.empty_like(kept), torch.empty_like(a), torch.empty_like(b)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, a, b, pool, place = inputs
+    x, weight, _, a, b, pool, place, ctx.mask_again = inputs
     _, inner, masked = output
-    ctx.save_for_backward(x if pool is None else masked, inner, weight, a, b, pool, place)
+    kept = x if pool is None or ctx.mask_again else masked
+    ctx.save_for_backward(kept, inner, weight, a, b, pool, place)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, upper: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
-    d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors)
-    return d_x, None, None, d_a, d_b, None, None
+    d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors, ctx.mask_again)
+    return d_x, None, None, d_a, d_b, None, None, None
 
 
 _product.register_autograd(_differentiate, setup_context=_save)
