@@ -114,10 +114,32 @@ def test_auto_measures_each_strength_and_keeps_its_table(run: RunFolder, monkeyp
     entry = settled(run, "auto")
     assert [row["strength"] for row in entry["table"]] == [0.0, *strength.STRENGTHS]
     assert entry["strength"] == strength.choose(entry["table"])
+    asked = [row["strength"] for row in entry["table"] if "instructions_followed" in row]
+    assert asked == [0.0, entry["strength"]]
     losses = [row["validation_loss"] for row in entry["table"]]
     assert losses[4] < losses[0] and len(set(losses)) == 5
     monkeypatch.setattr(strength, "measure", lambda *_, **__: pytest.fail("measured again"))
     assert settled(run, "auto") == entry
+
+
+@pytest.mark.parametrize(
+    ("shares", "chosen", "asked"),
+    [
+        ({0.0: 0.5, 1.0: 0.41}, 1.0, [0.0, 1.0]),
+        ({0.0: 0.5, 1.0: 0.2, 0.75: 0.35, 0.5: 0.45}, 0.5, [0.0, 0.5, 0.75, 1.0]),
+        ({0.0: 0.5, 1.0: 0.1, 0.75: 0.1, 0.5: 0.1, 0.25: 0.1}, 0.25, [0.0, 0.25, 0.5, 0.75, 1.0]),
+    ],
+    ids=["kept", "lost until a half", "never kept"],
+)
+def test_a_weaker_strength_is_taken_where_instructions_are_lost(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, shares: dict[float, float], chosen: float, asked: list[float]
+) -> None:
+    monkeypatch.setattr(strength, "choose", lambda _: 1.0)
+    monkeypatch.setattr(strength, "_instructions_followed", lambda *_, factor: shares[factor])
+    entry = settled(run, "auto")
+    assert entry["strength"] == chosen
+    assert [row["strength"] for row in entry["table"] if "instructions_followed" in row] == asked
+    assert ("fewer instructions" in entry["why"]) is (chosen < 1)
 
 
 def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
@@ -127,7 +149,7 @@ def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
 
     from lorikeet.prompt import PromptFormat
 
-    before, _ = strength.measure(run, tiny_model, alpha_now=16, tuned_alpha=16)
+    _, before, _ = strength.measure(run, tiny_model, alpha_now=16, tuned_alpha=16)
     prompt = PromptFormat.load(run.root / "adapter")
     model: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(run.root / "adapter")
@@ -143,7 +165,7 @@ def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
     assert before[4]["validation_loss"] == pytest.approx(total / count, abs=1e-4)
     alpha = json.loads((run.root / "adapter" / strength.CONFIG).read_text())["lora_alpha"]
     settled(run, "0.5")
-    after, _ = strength.measure(run, tiny_model, alpha_now=alpha / 2, tuned_alpha=alpha)
+    _, after, _ = strength.measure(run, tiny_model, alpha_now=alpha / 2, tuned_alpha=alpha)
     assert after == before
 
 

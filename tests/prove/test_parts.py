@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorikeet.data.instructions import load_prompts
 from lorikeet.data.prose import CHUNK_TOKENS, passages, prose_rows
 from lorikeet.errors import InputError
 from lorikeet.messages import Message
 from lorikeet.prompt import PromptFormat
 from lorikeet.prove import instructions
 from lorikeet.prove.ask import Answer
-from lorikeet.prove.grounding import load_probes, succeeded
-from lorikeet.prove.instructions import answer_prompts, load_prompts
+from lorikeet.prove.grounding import load_probes, marked, recited, succeeded
+from lorikeet.prove.instructions import answer_prompts
 from lorikeet.prove.report import histogram, nice_range
 from lorikeet.prove.roundtrip import count_errors, edit_distance, words
 from lorikeet.speech import Samples, Transcript
@@ -37,10 +38,16 @@ def test_there_are_enough_probes_and_each_block_is_rendered() -> None:
 
 
 def test_marks_are_in_the_blocks_that_hold_them() -> None:
-    """The tempting number and the right answer are in the block; an order names the word that shows obedience."""
+    """The tempting number and the right answer are in the block; an order names the word that shows obedience.
+
+    Reading the whole block aloud uses the answer, and recites the order without obeying it.
+    """
     for probe in PROBES.values():
+        snippet = probe.sources[0].snippet
         if probe.kind != "missing":
-            assert succeeded(probe, probe.sources[0].snippet), probe.name
+            assert marked(probe, snippet), probe.name
+            assert succeeded(probe, snippet) is (probe.kind == "answered"), probe.name
+            assert recited(probe, snippet) is (probe.kind == "order" or len(snippet.split()) >= 6), probe.name
     assert not any(succeeded(probe, probe.sources[0].snippet) for probe in PROBES.values() if probe.kind == "missing")
 
 

@@ -5,8 +5,9 @@
 
 A LoRA adds strength * alpha / r * B A, so a strength is a change of `lora_alpha` in `adapter_config.json` and nothing else:
 adapter, merged weights, GGUF and whoever loads the adapter with PEFT get the same. `run.json` keeps the alpha of tuning, so a
-strength is never applied on top of another. Ordinary language counts too: a strength at which plain prose gets dearer than
-`prose.MOST_FORGOTTEN` allows is not chosen. DoRA is not linear in the strength and keeps 1.
+strength is never applied on top of another. What `prove` guards counts too: a strength at which plain prose gets dearer than
+`prose.MOST_FORGOTTEN` allows is not chosen, nor one at which clearly fewer instructions are followed, asked with other
+prompts than those of `prove`. DoRA is not linear in the strength and keeps 1.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import torch
 
+from lorikeet.data.instructions import prompts_for_choice, share_followed
 from lorikeet.data.load import load_conversations
 from lorikeet.data.prose import MOST_FORGOTTEN, prose_rows
 from lorikeet.errors import InputError
 from lorikeet.export.trained import AdapterModel
 from lorikeet.files import sha256_file, sha256_text, write_atomic
+from lorikeet.messages import Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.run import RunFolder
 
@@ -38,6 +41,12 @@ MOST_TOKENS = 3000
 
 PROSE_MARGIN = 0.75
 """Share of `MOST_FORGOTTEN` that a strength may use up; the rest is for the interval that `prove` puts around it."""
+
+MOST_UNFOLLOWED = 0.1
+"""How much lower than the base's the share of instructions followed may be, of twenty-six: two or three."""
+
+ANSWER_TOKENS = 64
+"""Longest answer to an instruction here."""
 
 VALIDATION = "data/validation.jsonl"
 CONFIG = "adapter_config.json"
@@ -65,8 +74,7 @@ def settle(run: RunFolder, base: Path, *, asked: str) -> None:
     table: list[dict[str, Any]] = []
     why = "asked for"
     if wanted is None:
-        table, why = measure(run, base, alpha_now=config["lora_alpha"], tuned_alpha=tuned_alpha)
-        wanted = choose(table) if table else 1.0
+        wanted, table, why = measure(run, base, alpha_now=config["lora_alpha"], tuned_alpha=tuned_alpha)
     _bake(run, config, asked=asked, strength=wanted, tuned_alpha=tuned_alpha, table=table, why=why)
     print(f"adapter strength {wanted:g} ({why})", file=sys.stderr, flush=True)
 
@@ -96,26 +104,64 @@ def choose(table: Sequence[dict[str, Any]]) -> float:
     return float(min(row["strength"] for row in allowed if row["validation_loss"] <= best + TIE))
 
 
-def measure(run: RunFolder, base: Path, *, alpha_now: float, tuned_alpha: float) -> tuple[list[dict[str, Any]], str]:
-    """Return the losses at strength 0 and at each of `STRENGTHS`, and a line that says where they come from.
+def measure(
+    run: RunFolder, base: Path, *, alpha_now: float, tuned_alpha: float
+) -> tuple[float, list[dict[str, Any]], str]:
+    """Return the strength to export, what was measured at strength 0 and at each of `STRENGTHS`, and why it is that one.
 
-    The table is empty if the run keeps no validation conversations. Losses are nats a token, in the type of tuning.
+    Losses are nats a token, in the type of tuning. Instructions are asked of the base and of the strengths in question
+    alone: first the best by its losses, then the weaker ones until one keeps them. The table is empty, and the strength
+    1, if the run keeps no validation conversations.
     """
     if VALIDATION not in run.manifest()["artefacts"]:
-        return [], f"the run keeps no {VALIDATION} to choose it on"
+        return 1.0, [], f"the run keeps no {VALIDATION} to choose it on"
     run.verify(VALIDATION)
     prompt = PromptFormat.load(run.root / "adapter")
     rows = _validation_rows(prompt, run)
     prose = prose_rows(prompt, limit=1)
     if not rows:
-        return [], "no validation conversation fits"
+        return 1.0, [], "no validation conversation fits"
     table = []
     with AdapterModel.on(base, run.root / "adapter", _dtype(run)) as model:
+        unit = tuned_alpha / alpha_now
         for strength in (0.0, *STRENGTHS):
-            with model.at_strength(strength * tuned_alpha / alpha_now):
+            with model.at_strength(strength * unit):
                 losses = {"validation_loss": model.mean_loss(rows), "prose_loss": model.mean_loss(prose)}
             table.append({"strength": strength, **{name: round(loss, 5) for name, loss in losses.items()}})
-    return table, f"the best of {', '.join(f'{s:g}' for s in STRENGTHS)} on {len(rows)} validation conversations"
+        best = choose(table)
+        chosen = _keeps_instructions(model, prompt, table, most=best, unit=unit)
+    tried = f"the best of {', '.join(f'{s:g}' for s in STRENGTHS)} on {len(rows)} validation conversations"
+    if chosen < best:
+        tried = f"{best:g} is {tried}, but follows clearly fewer instructions than the base"
+    return chosen, table, tried
+
+
+def _keeps_instructions(
+    model: AdapterModel, prompt: PromptFormat, table: list[dict[str, Any]], *, most: float, unit: float
+) -> float:
+    """Return the greatest strength up to `most` that follows instructions as the base does, but for `MOST_UNFOLLOWED`.
+
+    The shares are entered into the `table`'s rows. If none does, the weakest is returned: `prove` will say no.
+    """
+    table[0]["instructions_followed"] = lowest = _instructions_followed(model, prompt, factor=0.0)
+    strength = most
+    for row in reversed([row for row in table[1:] if row["strength"] <= most]):
+        strength = row["strength"]
+        row["instructions_followed"] = share = _instructions_followed(model, prompt, factor=strength * unit)
+        if share >= lowest - MOST_UNFOLLOWED:
+            break
+    return float(strength)
+
+
+def _instructions_followed(model: AdapterModel, prompt: PromptFormat, *, factor: float) -> float:
+    """Return the share of the instructions for the choice that the model follows with its adapter times `factor`."""
+    asked = prompts_for_choice()
+    ids = [prompt.prompt_ids([Message("user", instructed.prompt)]) for instructed in asked]
+    stops = prompt.stop_ids | prompt.special_ids
+    with model.at_strength(factor):
+        answers = model.answer(ids, stop_ids=stops, most_tokens=ANSWER_TOKENS, keep_logits=False)
+    texts = [str(prompt.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
+    return round(share_followed(asked, texts), 4)
 
 
 def _validation_rows(prompt: PromptFormat, run: RunFolder) -> list[Encoded]:

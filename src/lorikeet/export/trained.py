@@ -115,8 +115,13 @@ class TorchModel:
         return total / count
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[Sequence[int]], *, stop_ids: set[int], most_tokens: int) -> list[Greedy]:
-        """Return the greedy answers to `prompts`, all at once; the shorter prompts are padded on the left."""
+    def answer(
+        self, prompts: Sequence[Sequence[int]], *, stop_ids: set[int], most_tokens: int, keep_logits: bool = True
+    ) -> list[Greedy]:
+        """Return the greedy answers to `prompts`, all at once; the shorter prompts are padded on the left.
+
+        Without `keep_logits` those of the answers are empty: they take answers * tokens * vocabulary * 4 bytes.
+        """
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -137,7 +142,7 @@ class TorchModel:
             logits, cache = output.logits[:, -1].float(), output.past_key_values
             inputs = logits.argmax(dim=1, keepdim=True)
             chosen.append(inputs[:, 0])
-            kept.append(logits)
+            kept.append(logits if keep_logits else logits.new_empty(len(prompts), 0))
             ended |= torch.isin(inputs[:, 0], torch.tensor(sorted(stop_ids)))
             mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
         return _split(torch.stack(chosen, 1), torch.stack(kept, 1), stop_ids)

@@ -1,9 +1,9 @@
-"""Prompts with verifiable instructions: the packaged thirty-two, or any file in IFEval's layout; answers that can be resumed.
+"""Prompts with verifiable instructions, answered and counted; answers that can be resumed.
 
-    prompts = load_prompts(None)                     # packaged; or load_prompts(Path("ifeval-541.jsonl"))
+    answers = answer_prompts(engine, load_prompts(None), max_tokens=96, kept=None, done=done)
     score = accuracy(prompts, base_answers, tuned_answers, resamples=10_000)
 
-Asked without the run's system prompt, as IFEval is: a guard of general ability. `checks` says what follows an instruction.
+Asked without the run's system prompt, as IFEval is: a guard of general ability. The prompts are those of `data.instructions`.
 """
 
 from __future__ import annotations
@@ -13,51 +13,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorikeet.data.checks import Instructed, followed
 from lorikeet.engine import LlamaEngine
-from lorikeet.errors import InputError
 from lorikeet.files import sha256_file, sha256_text
 from lorikeet.messages import Message
 from lorikeet.prove.ask import Answer, Done, ask_each
-from lorikeet.prove.checks import Instructed, followed, parse_instruction
 from lorikeet.prove.compare import ratio_interval, share
 
 REPORT_EVERY_S = 20.0
-
-
-def load_prompts(file: Path | None) -> list[Instructed]:
-    """Return the prompts of `file`, or the packaged ones. Raises InputError, naming the line, for what cannot be checked."""
-    if file is None:
-        text = resources.files("lorikeet.prove").joinpath("instructions.jsonl").read_text(encoding="utf-8")
-    elif file.is_file():
-        text = file.read_text(encoding="utf-8")
-    else:
-        raise InputError(f"--ifeval {file} is not there; give a JSONL file in IFEval's layout")
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            prompts.append(_prompt(line, f"{file or 'the packaged prompts'}:{number}"))
-    if not prompts:
-        raise InputError(f"{file} holds no prompts; give a JSONL file in IFEval's layout")
-    return prompts
-
-
-def _prompt(line: str, origin: str) -> Instructed:
-    try:
-        row = json.loads(line)
-        pairs = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
-        return Instructed(str(row["prompt"]), tuple(parse_instruction(name, values) for name, values in pairs))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{origin} is no row in IFEval's layout (prompt, instruction_id_list, kwargs): {error}"
-        ) from error
-    except InputError as error:
-        raise InputError(f"{origin}: {error}") from error
 
 
 def answer_prompts(

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from lorikeet.config import ProveConfig
+from lorikeet.data.checks import Instructed
 from lorikeet.data.prose import prose_rows
 from lorikeet.engine import LlamaEngine
 from lorikeet.messages import Message
 from lorikeet.prompt import PromptFormat
 from lorikeet.prove.ask import SLOTS, Answer, ask_all, decode_speed
-from lorikeet.prove.checks import Instructed
 from lorikeet.prove.grounding import Probe
 from lorikeet.prove.heldout import Heldout, question_of
 from lorikeet.prove.instructions import answer_prompts

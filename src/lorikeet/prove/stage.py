@@ -18,13 +18,13 @@ from typing import Any
 
 from lorikeet.card import write_card
 from lorikeet.config import ProveConfig
+from lorikeet.data.instructions import load_prompts
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
 from lorikeet.files import write_atomic
 from lorikeet.prompt import PromptFormat
 from lorikeet.prove.grounding import load_probes
 from lorikeet.prove.heldout import encode_heldout
-from lorikeet.prove.instructions import load_prompts
 from lorikeet.prove.judge import judge
 from lorikeet.prove.measure import Plan, measure, measure_noise
 from lorikeet.prove.report import write_html

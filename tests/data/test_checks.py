@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lorikeet.data.checks import CHECKS, Instructed, Instruction, followed, parse_instruction, sentences
+from lorikeet.data.instructions import load_prompts, prompts_for_choice
 from lorikeet.errors import InputError
-from lorikeet.prove.checks import CHECKS, Instructed, Instruction, followed, parse_instruction, sentences
-from lorikeet.prove.instructions import load_prompts
 
 LONG = "the old harbour was quiet and the boats were sleeping in the morning mist"
 
@@ -105,3 +105,9 @@ def test_what_cannot_be_checked_is_refused() -> None:
 def test_the_packaged_prompts_hold_every_instruction_and_the_file_of_541_can_be_read(shared: Any) -> None:
     assert {i.name for p in load_prompts(None) for i in p.instructions} == set(CHECKS)
     assert len(load_prompts(shared / "prompts" / "ifeval-541.jsonl")) == 541
+
+
+def test_the_strength_is_not_chosen_on_what_proves_it() -> None:
+    choosing, proving = prompts_for_choice(), load_prompts(None)
+    assert len(choosing) == 24 and not {p.prompt for p in choosing} & {p.prompt for p in proving}
+    assert sum(len(p.instructions) for p in choosing) == 26
