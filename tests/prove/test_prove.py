@@ -202,7 +202,7 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     assert proof["forgetting"]["n"] > 20 and proof["noise"]["repeated"] < 1e-3
     assert proof["round_trip"] == {"skipped": "turned off: --no-speech"}
     page = (run.reports / "proof.html").read_text()
-    assert page.count("<svg") == 2 + 5 and "<polyline" in page
+    assert page.count("<svg") == 2 + 6 and "<polyline" in page
     assert "http://" not in page and "https://" not in page
 
 
