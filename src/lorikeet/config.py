@@ -153,9 +153,9 @@ class ExportConfig:
 class VerifyConfig:
     """How much the parity certificate compares."""
 
-    conversations: int = 16
+    conversations: int = 12
     """Held-out conversations whose predictions are compared, the first ones of the file."""
-    answers: int = 6
+    answers: int = 4
     """Questions answered greedily by every artefact, side by side."""
     answer_tokens: int = 32
     """Longest of these answers."""
@@ -170,7 +170,7 @@ class ProveConfig:
     """The GGUF type that is compared and then served."""
     answers: int = 12
     """Held-out questions answered by both models, side by side."""
-    max_answer_tokens: int = 160
+    max_answer_tokens: int = 120
     """Longest answer to a held-out question."""
     ifeval: str = ""
     """A JSONL file in IFEval's layout, asked in place of the packaged prompts with instructions; answers are kept, so that a

@@ -123,19 +123,24 @@ def test_auto_measures_each_strength_and_keeps_its_table(run: RunFolder, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("shares", "chosen", "asked"),
+    ("follows", "chosen", "asked"),
     [
-        ({0.0: 0.5, 1.0: 0.41}, 1.0, [0.0, 1.0]),
-        ({0.0: 0.5, 1.0: 0.2, 0.75: 0.35, 0.5: 0.45}, 0.5, [0.0, 0.5, 0.75, 1.0]),
-        ({0.0: 0.5, 1.0: 0.1, 0.75: 0.1, 0.5: 0.1, 0.25: 0.1}, 0.25, [0.0, 0.25, 0.5, 0.75, 1.0]),
+        ({0.0: 12, 1.0: 11}, 1.0, [0.0, 1.0]),
+        ({0.0: 12, 1.0: 2, 0.75: 4, 0.5: 11}, 0.5, [0.0, 0.5, 0.75, 1.0]),
+        ({0.0: 12, 1.0: 2, 0.75: 2, 0.5: 2, 0.25: 2}, 0.25, [0.0, 0.25, 0.5, 0.75, 1.0]),
     ],
     ids=["kept", "lost until a half", "never kept"],
 )
 def test_a_weaker_strength_is_taken_where_instructions_are_lost(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, shares: dict[float, float], chosen: float, asked: list[float]
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, follows: dict[float, int], chosen: float, asked: list[float]
 ) -> None:
+    """The first so many of the prompts are followed; one fewer may be an accident, eight fewer are not."""
     monkeypatch.setattr(strength, "choose", lambda _: 1.0)
-    monkeypatch.setattr(strength, "_instructions_followed", lambda *_, factor: shares[factor])
+    monkeypatch.setattr(
+        strength,
+        "_followed",
+        lambda _model, _prompt, asked, *, factor: [n < follows[factor] for n in range(len(asked))],
+    )
     entry = settled(run, "auto")
     assert entry["strength"] == chosen
     assert [row["strength"] for row in entry["table"] if "instructions_followed" in row] == asked

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorikeet.compare import compare, ratio_interval, share
 from lorikeet.config import ExportConfig, ProveConfig, TuneConfig
 from lorikeet.data.checks import Instructed, Instruction
 from lorikeet.errors import InputError
@@ -16,7 +17,6 @@ from lorikeet.export.stage import export
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.prove.ask import Answer
-from lorikeet.prove.compare import compare, ratio_interval, share
 from lorikeet.prove.grounding import Probe
 from lorikeet.prove.heldout import Heldout, encode_heldout, only_last_answer
 from lorikeet.prove.judge import judge

@@ -34,10 +34,9 @@ def prompts_for_choice() -> list[Instructed]:
     return _parse(_packaged("instructions_for_choice.jsonl"), "the packaged prompts")
 
 
-def share_followed(prompts: Sequence[Instructed], answers: Sequence[str]) -> float:
-    """Return the share of instructions that the answers follow, strictly."""
-    flags = [flag for prompt, answer in zip(prompts, answers, strict=True) for flag in followed(prompt, answer)]
-    return sum(flags) / len(flags)
+def count_followed(prompts: Sequence[Instructed], answers: Sequence[str]) -> list[int]:
+    """Return how many of each prompt's instructions its answer follows, strictly."""
+    return [sum(followed(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _packaged(name: str) -> str:

@@ -18,9 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from lorikeet.data.instructions import prompts_for_choice, share_followed
+from lorikeet.compare import ratio_interval
+from lorikeet.data.checks import Instructed
+from lorikeet.data.instructions import count_followed, prompts_for_choice
 from lorikeet.data.load import load_conversations
 from lorikeet.data.prose import MOST_FORGOTTEN, prose_rows
 from lorikeet.errors import InputError
@@ -42,11 +46,11 @@ MOST_TOKENS = 3000
 PROSE_MARGIN = 0.75
 """Share of `MOST_FORGOTTEN` that a strength may use up; the rest is for the interval that `prove` puts around it."""
 
-MOST_UNFOLLOWED = 0.1
-"""How much lower than the base's the share of instructions followed may be, of twenty-six: two or three."""
-
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 48
 """Longest answer to an instruction here."""
+
+RESAMPLES = 10_000
+"""Of the bootstrap that tells a loss of instructions from an accident, as in `prove`."""
 
 VALIDATION = "data/validation.jsonl"
 CONFIG = "adapter_config.json"
@@ -139,29 +143,35 @@ def measure(
 def _keeps_instructions(
     model: AdapterModel, prompt: PromptFormat, table: list[dict[str, Any]], *, most: float, unit: float
 ) -> float:
-    """Return the greatest strength up to `most` that follows instructions as the base does, but for `MOST_UNFOLLOWED`.
+    """Return the greatest strength up to `most` that does not surely follow fewer instructions than the base.
 
-    The shares are entered into the `table`'s rows. If none does, the weakest is returned: `prove` will say no.
+    That is the rule of `prove`: the upper end of the difference's 95 % interval is at least 0. The shares are entered
+    into the `table`'s rows. If no strength keeps it, the weakest is returned: `prove` will say no.
     """
-    table[0]["instructions_followed"] = lowest = _instructions_followed(model, prompt, factor=0.0)
-    strength = most
+    asked = prompts_for_choice()
+    counts = np.array([len(instructed.instructions) for instructed in asked])
+
+    def ask(row: dict[str, Any]) -> NDArray[np.float64]:
+        found = np.array(_followed(model, prompt, asked, factor=row["strength"] * unit), dtype=np.float64)
+        row["instructions_followed"] = round(float(found.sum() / counts.sum()), 4)
+        return found
+
+    base, strength = ask(table[0]), most
     for row in reversed([row for row in table[1:] if row["strength"] <= most]):
         strength = row["strength"]
-        row["instructions_followed"] = share = _instructions_followed(model, prompt, factor=strength * unit)
-        if share >= lowest - MOST_UNFOLLOWED:
+        change = ratio_interval(ask(row) - base, counts, level=0.95, resamples=RESAMPLES, seed=0)
+        if change.high >= 0:
             break
     return float(strength)
 
 
-def _instructions_followed(model: AdapterModel, prompt: PromptFormat, *, factor: float) -> float:
-    """Return the share of the instructions for the choice that the model follows with its adapter times `factor`."""
-    asked = prompts_for_choice()
+def _followed(model: AdapterModel, prompt: PromptFormat, asked: Sequence[Instructed], *, factor: float) -> list[int]:
+    """Return how many instructions of each prompt the model follows with its adapter times `factor`."""
     ids = [prompt.prompt_ids([Message("user", instructed.prompt)]) for instructed in asked]
     stops = prompt.stop_ids | prompt.special_ids
     with model.at_strength(factor):
         answers = model.answer(ids, stop_ids=stops, most_tokens=ANSWER_TOKENS, keep_logits=False)
-    texts = [str(prompt.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
-    return round(share_followed(asked, texts), 4)
+    return count_followed(asked, [str(prompt.tokenizer.decode(a.ids, skip_special_tokens=True)) for a in answers])
 
 
 def _validation_rows(prompt: PromptFormat, run: RunFolder) -> list[Encoded]:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from lorikeet.compare import ratio_interval, share
 from lorikeet.data.checks import Instructed, followed
 from lorikeet.engine import LlamaEngine
 from lorikeet.files import sha256_file, sha256_text
 from lorikeet.messages import Message
 from lorikeet.prove.ask import Answer, Done, ask_each
-from lorikeet.prove.compare import ratio_interval, share
 
 REPORT_EVERY_S = 20.0
 

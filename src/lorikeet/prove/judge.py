@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lorikeet.compare import Interval, compare, paired_shares, ratio_interval, share
 from lorikeet.data.prose import MOST_FORGOTTEN
-from lorikeet.prove.compare import Interval, compare, paired_shares, ratio_interval, share
 from lorikeet.prove.grounding import Probe, recited, succeeded
 from lorikeet.prove.heldout import question_of
 from lorikeet.prove.instructions import accuracy

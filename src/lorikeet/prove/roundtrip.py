@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from lorikeet.compare import ratio_interval
 from lorikeet.errors import MachineError, MissingExtraError
-from lorikeet.prove.compare import ratio_interval
 from lorikeet.speech import HEARING_HZ, Ears, Voice
 from lorikeet.speech.audio import resample
 from lorikeet.speech.sayable import sayable
