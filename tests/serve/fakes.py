@@ -13,6 +13,8 @@ import uvicorn
 
 from lorikeet.errors import EngineError, RequestError
 from lorikeet.messages import Delta, Message, Source, Usage
+from lorikeet.serve.assistant import Assistant
+from lorikeet.serve.models import Models, Served
 from lorikeet.serve.search.provider import SearchError
 from lorikeet.serve.server import Listener
 from lorikeet.speech import HEARING_HZ, Samples, Transcript
@@ -116,6 +118,11 @@ class CountingEars:
         loud = samples.size and float(np.abs(samples).max()) > 0.01
         seconds = samples.size / HEARING_HZ
         return Transcript(f"I heard {seconds:.1f} seconds." if loud else "", seconds)
+
+
+def serving(assistant: Assistant, name: str = "parrot") -> Models:
+    """Return the models of a server that serves one."""
+    return Models(Served(name=name, assistant=assistant))
 
 
 @contextmanager

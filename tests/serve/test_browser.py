@@ -21,7 +21,7 @@ from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode, encode_wav
 from lorikeet.speech.hear import load_ears
 from lorikeet.speech.speak import load_voice
-from tests.serve.fakes import API_KEY, ScriptedEngine, ScriptedProvider, served
+from tests.serve.fakes import API_KEY, ScriptedEngine, ScriptedProvider, served, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -95,7 +95,7 @@ def page_of(browser: Any, url: str) -> Iterator[Any]:
 def open_page(browser: Any, engine: ScriptedEngine, **parts: Any) -> Any:
     provider = parts.pop("provider", None)
     key = parts.pop("api_key", None)
-    app = create_app(Assistant(engine, provider=provider), model_name="parrot-1", api_key=key, **parts)
+    app = create_app(serving(Assistant(engine, provider=provider), "parrot-1"), api_key=key, **parts)
 
     @contextmanager
     def opened() -> Iterator[Any]:

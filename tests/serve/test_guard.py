@@ -13,7 +13,7 @@ import pytest
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, COOKIE
 from lorikeet.serve.http import create_app
-from tests.serve.fakes import API_KEY, CountingEars, ScriptedEngine, served
+from tests.serve.fakes import API_KEY, CountingEars, ScriptedEngine, served, serving
 
 ROUTES = [
     ("GET", "/v1/models"),
@@ -26,14 +26,14 @@ ROUTES = [
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[str]:
-    app = create_app(Assistant(ScriptedEngine()), model_name="parrot", ears=CountingEars(), api_key=API_KEY, page=False)
+    app = create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=CountingEars(), api_key=API_KEY, page=False)
     with served(app) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def open_() -> Iterator[str]:
-    app = create_app(Assistant(ScriptedEngine()), model_name="parrot", ears=CountingEars(), page=False)
+    app = create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=CountingEars(), page=False)
     with served(app) as url:
         yield url
 

@@ -18,7 +18,7 @@ from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
 from lorikeet.speech.audio import encode_wav
-from tests.serve.fakes import CountingEars, ScriptedEngine, ScriptedProvider, ToneVoice, served
+from tests.serve.fakes import CountingEars, ScriptedEngine, ScriptedProvider, ToneVoice, served, serving
 
 OSLO = Source("Weather in Oslo", "https://weather.example/oslo", "Light snow, minus two degrees.")
 PIECES = ("The ", "🦜", " says ", "čau", ", ", "twice", ".")
@@ -33,7 +33,7 @@ def engine() -> ScriptedEngine:
 @pytest.fixture(scope="module")
 def url(engine: ScriptedEngine) -> Iterator[str]:
     assistant = Assistant(engine, system_prompt="Be brief.", provider=ScriptedProvider(OSLO), config=ServeConfig())
-    app = create_app(assistant, model_name="parrot", ears=CountingEars(), voice=ToneVoice(), page=False)
+    app = create_app(serving(assistant, "parrot"), ears=CountingEars(), voice=ToneVoice(), page=False)
     with served(app) as base:
         yield base
 
@@ -216,7 +216,7 @@ def test_a_search_is_told_in_the_lorikeet_field(client: openai.OpenAI, engine: S
 
 def test_a_failed_search_is_told_and_answered() -> None:
     assistant = Assistant(ScriptedEngine(), provider=ScriptedProvider(failure="nobody there"))
-    with served(create_app(assistant, model_name="parrot", page=False)) as url:
+    with served(create_app(serving(assistant, "parrot"), page=False)) as url:
         answer = post(url, lorikeet={"search": "always"}).json()
     assert answer["choices"][0]["message"]["content"] == "Hello there."
     assert answer["lorikeet"]["search"]["failed"] == "nobody there"
@@ -224,7 +224,7 @@ def test_a_failed_search_is_told_and_answered() -> None:
 
 def test_health_follows_the_engine() -> None:
     engine = ScriptedEngine()
-    with served(create_app(Assistant(engine), model_name="parrot", page=False)) as url:
+    with served(create_app(serving(Assistant(engine), "parrot"), page=False)) as url:
         assert (httpx.get(f"{url}/health").status_code, httpx.get(f"{url}/health").json()) == (200, {"status": "ok"})
         engine.down = True
         assert (httpx.get(f"{url}/health").status_code, httpx.get(f"{url}/health").json()["status"]) == (503, "failed")
@@ -234,7 +234,7 @@ def test_health_follows_the_engine() -> None:
 
 
 def test_a_failure_on_the_way_is_said_in_the_stream() -> None:
-    app = create_app(Assistant(ScriptedEngine("Well", "<fail>")), model_name="parrot", page=False)
+    app = create_app(serving(Assistant(ScriptedEngine("Well", "<fail>")), "parrot"), page=False)
     with served(app) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         got = []
@@ -246,7 +246,7 @@ def test_a_failure_on_the_way_is_said_in_the_stream() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_stops_the_engine(stream: bool) -> None:
     engine = ScriptedEngine(*["word "] * 400, delay_s=0.02)
-    with served(create_app(Assistant(engine), model_name="parrot", page=False)) as url:
+    with served(create_app(serving(Assistant(engine), "parrot"), page=False)) as url:
         if stream:
             with httpx.stream("POST", f"{url}/v1/chat/completions", json={"messages": HI, "stream": True}) as response:
                 next(response.iter_lines())
@@ -260,7 +260,7 @@ def test_a_client_that_goes_away_stops_the_engine(stream: bool) -> None:
 def test_answers_under_way_do_not_block_one_another() -> None:
     engine = ScriptedEngine(*["word "] * 50, delay_s=0.02)
     with (
-        served(create_app(Assistant(engine), model_name="parrot", page=False)) as url,
+        served(create_app(serving(Assistant(engine), "parrot"), page=False)) as url,
         httpx.stream("POST", f"{url}/v1/chat/completions", json={"messages": HI, "stream": True}) as response,
     ):
         next(response.iter_lines())
@@ -313,7 +313,7 @@ def test_what_cannot_be_said_is_400(url: str, body: Any) -> None:
 
 
 def test_a_server_without_ears_and_voice_says_so() -> None:
-    with served(create_app(Assistant(ScriptedEngine()), model_name="parrot", page=False)) as url:
+    with served(create_app(serving(Assistant(ScriptedEngine()), "parrot"), page=False)) as url:
         speech = httpx.post(f"{url}/v1/audio/speech", json={"input": "x"})
         hearing = httpx.post(f"{url}/v1/audio/transcriptions", files={"file": ("a.wav", b"x")})
     assert (speech.status_code, hearing.status_code) == (400, 400)

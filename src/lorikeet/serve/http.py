@@ -1,6 +1,6 @@
 """The OpenAI-compatible API, and the page mounted beside it.
 
-    app = create_app(assistant, model_name="my-model", ears=ears, voice=voice)
+    app = create_app(Models(Served(name="mine", assistant=assistant)), ears=ears, voice=voice)
 
 Streamed and whole answers come from one generator of events, pulled in threads; when a client goes away its
 generator is closed, which stops the engine. It owns routes and status codes; `wire` owns shapes, `guard` who may ask.
@@ -24,9 +24,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from lorikeet.errors import EngineError, InputError, LorikeetError, MachineError
-from lorikeet.serve.assistant import Assistant, Event
+from lorikeet.serve.assistant import Event
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, LOOPBACK_HOSTS, Guard, error_body
 from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
+from lorikeet.serve.models import Models, Served, UnknownModelError
 from lorikeet.serve.voice.realtime import Door
 from lorikeet.serve.voice.session import Parts
 from lorikeet.serve.wire import Answer, ChatRequest, SpeechRequest
@@ -55,14 +56,9 @@ T = TypeVar("T")
 Events = AsyncGenerator[Event, None]
 
 
-class UnknownModelError(InputError):
-    """A request names a model that is not served."""
-
-
 def create_app(
-    assistant: Assistant,
+    models: Models,
     *,
-    model_name: str,
     ears: Ears | None = None,
     voice: Voice | None = None,
     api_key: str | None = None,
@@ -71,19 +67,19 @@ def create_app(
 ) -> FastAPI:
     """Return the application: API, health and, unless `page` is False, the page at `/`.
 
-    `model_name` is what clients see and ask for. Without `ears` or `voice` their routes and buttons say so. With an
+    Clients ask for one of `models` by name; the first is the default and the page's. Without `ears` or `voice` their routes and buttons say so. With an
     `api_key` everything but /health asks for it. `hosts` are the names under which the server may be reached, None
     for any.
     """
     app = FastAPI(title="Lorikeet", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     _add_error_handlers(app)
-    _add_models(app, assistant, model_name)
-    _add_chat(app, assistant, model_name)
+    _add_models(app, models)
+    _add_chat(app, models)
     _add_audio(app, ears, voice)
     metrics = Metrics()
     _add_metrics(app, metrics)
-    _add_realtime(app, assistant, model_name, ears=ears, voice=voice, metrics=metrics)
+    _add_realtime(app, models.default, ears=ears, voice=voice, metrics=metrics)
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     def unknown(path: str, request: Request) -> None:
@@ -92,36 +88,40 @@ def create_app(
     if page:
         from lorikeet.serve.ui import mount_page
 
-        mount_page(app, assistant, model_name=model_name, ears=ears, voice=voice)
+        mount_page(app, models.default.assistant, model_name=models.default.name, ears=ears, voice=voice)
     return app
 
 
-def _add_models(app: FastAPI, assistant: Assistant, model_name: str) -> None:
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "lorikeet"}
+def _add_models(app: FastAPI, served: Models) -> None:
+    created_s = int(time.time())
 
     @app.get("/health")
     def health() -> Response:
-        if assistant.healthy():
+        if all(model.assistant.healthy() for model in served):
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "failed", "reason": "the engine does not answer"}, status_code=503)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [_model_card(model, created_s) for model in served]}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        _check_model(name, (model_name, "default"))
-        return card
+        return _model_card(served.choose(name), created_s)
 
 
-def _add_chat(app: FastAPI, assistant: Assistant, model_name: str) -> None:
+def _model_card(model: Served, created_s: int) -> dict[str, Any]:
+    """Return OpenAI's model object."""
+    return {"id": model.name, "object": "model", "created": created_s, "owned_by": "lorikeet"}
+
+
+def _add_chat(app: FastAPI, models: Models) -> None:
     limiter = anyio.CapacityLimiter(ANSWERS_AT_ONCE)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        _check_model(body.model, (model_name, "default"))
-        events = assistant.respond(
+        model = models.choose(body.model)
+        events = model.assistant.respond(
             [message.message() for message in body.messages],
             search=body.lorikeet.search,
             max_tokens=body.answer_tokens,
@@ -131,7 +131,7 @@ def _add_chat(app: FastAPI, assistant: Assistant, model_name: str) -> None:
             stop=body.stop or (),
         )
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = Answer(model_name, include_usage=include_usage)
+        answer = Answer(model.name, include_usage=include_usage)
         pulled = _pull(events, limiter)
         if body.stream:
             # The first event decides the status: an error after it can only be said inside the stream.
@@ -185,12 +185,10 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_realtime(
-    app: FastAPI, assistant: Assistant, model_name: str, *, ears: Ears | None, voice: Voice | None, metrics: Metrics
-) -> None:
+def _add_realtime(app: FastAPI, model: Served, *, ears: Ears | None, voice: Voice | None, metrics: Metrics) -> None:
     vad = load_vad() if ears else None
     parts = Parts(
-        assistant=assistant, ears=ears, voice=voice, vad=vad, model_name=model_name, on_turn=metrics.note_turn
+        assistant=model.assistant, ears=ears, voice=voice, vad=vad, model_name=model.name, on_turn=metrics.note_turn
     )
     app.add_api_websocket_route("/v1/realtime", Door(parts).enter)
 

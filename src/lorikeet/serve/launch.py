@@ -61,10 +61,10 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
 
         def build() -> Any:
             from lorikeet.serve.http import create_app
+            from lorikeet.serve.models import Models, Served
 
             return create_app(
-                assistant,
-                model_name=model_name,
+                Models(Served(name=model_name, assistant=assistant)),
                 ears=ears,
                 voice=voice,
                 api_key=config.api_key,

@@ -20,7 +20,7 @@ from lorikeet.speech import Ears, Samples, Voice
 from lorikeet.speech.audio import encode_wav
 from lorikeet.speech.hear import load_ears
 from lorikeet.speech.speak import load_voice
-from tests.serve.fakes import API_KEY, ScriptedEngine, served
+from tests.serve.fakes import API_KEY, ScriptedEngine, served, serving
 from tests.serve.test_browser import CHROMIUM, PATIENCE_MS
 
 # Gradio leaves event loops open when an app is let go; they are collected here, and not in another test.
@@ -94,7 +94,7 @@ def silence(ms: int) -> Samples:
 @needs_chromium
 def test_a_spoken_question_is_answered_and_an_interruption_is_heeded(ears: Ears, voice: Voice, tmp_path: Path) -> None:
     engine = ScriptedEngine(*LONG)
-    app = create_app(Assistant(engine), model_name="parrot-1", ears=ears, voice=voice, api_key=API_KEY)
+    app = create_app(serving(Assistant(engine), "parrot-1"), ears=ears, voice=voice, api_key=API_KEY)
     sound = np.concatenate(
         [
             silence(1200), say(voice, "What is the capital of France?"), silence(3500),
@@ -137,7 +137,7 @@ def test_a_spoken_question_is_answered_and_an_interruption_is_heeded(ears: Ears,
 
 @needs_chromium
 def test_without_ears_there_is_no_open_microphone(tmp_path: Path) -> None:
-    app = create_app(Assistant(ScriptedEngine()), model_name="parrot-1")
+    app = create_app(serving(Assistant(ScriptedEngine()), "parrot-1"))
     with served(app) as url:
         from playwright.sync_api import sync_playwright
 

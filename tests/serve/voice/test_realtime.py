@@ -29,7 +29,7 @@ from lorikeet.speech.audio import encode_pcm16, resample, trim_start
 from lorikeet.speech.hear import load_ears
 from lorikeet.speech.speak import load_voice
 from lorikeet.speech.vad import load_vad
-from tests.serve.fakes import API_KEY, ScriptedEngine, ScriptedProvider, ToneVoice, served
+from tests.serve.fakes import API_KEY, ScriptedEngine, ScriptedProvider, ToneVoice, served, serving
 
 # OpenAI's client opens its socket in a way that websockets 17 is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:connect\\(\\) must be used as a context manager:DeprecationWarning")
@@ -118,7 +118,7 @@ class Talker:
 def talking(engine: Any, *, ears: Ears | None, voice: Voice | None, **session: Any) -> Iterator[Talker]:
     provider = session.pop("provider", None)
     assistant = Assistant(engine, system_prompt="Be brief.", provider=provider)
-    app = create_app(assistant, model_name="parrot", ears=ears, voice=voice, page=False)
+    app = create_app(serving(assistant, "parrot"), ears=ears, voice=voice, page=False)
     with served(app) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         with client.realtime.connect(model="parrot") as connection:
@@ -417,7 +417,7 @@ def broken_events(count: int) -> Iterator[str | bytes]:
 
 def test_hundreds_of_broken_events_are_answered_and_the_session_lives(ears: Ears) -> None:
     engine = ScriptedEngine("Fine.")
-    app = create_app(Assistant(engine), model_name="parrot", ears=ears, voice=ToneVoice(), page=False)
+    app = create_app(serving(Assistant(engine), "parrot"), ears=ears, voice=ToneVoice(), page=False)
     with served(app) as url, connect(f"ws{url[4:]}/v1/realtime?model=default", max_size=None) as socket:
         assert json.loads(socket.recv())["type"] == "session.created"
         for message in broken_events(500):
@@ -437,9 +437,7 @@ def test_hundreds_of_broken_events_are_answered_and_the_session_lives(ears: Ears
 
 
 def test_a_key_and_the_right_origin_are_asked_for(ears: Ears) -> None:
-    app = create_app(
-        Assistant(ScriptedEngine()), model_name="parrot", ears=None, voice=None, page=False, api_key=API_KEY
-    )
+    app = create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=None, voice=None, page=False, api_key=API_KEY)
     with served(app) as url:
         address = f"ws{url[4:]}/v1/realtime"
         bearer = {"Authorization": b"Bearer ".decode() + API_KEY.encode().decode("latin-1")}
@@ -453,7 +451,7 @@ def test_a_key_and_the_right_origin_are_asked_for(ears: Ears) -> None:
 
 def test_limits_hold_and_others_are_served_on(ears: Ears, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(realtime, "MAX_SESSIONS", 1)
-    app = create_app(Assistant(ScriptedEngine()), model_name="parrot", ears=ears, voice=None, page=False)
+    app = create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=ears, voice=None, page=False)
     with served(app) as url:
         address = f"ws{url[4:]}/v1/realtime"
         with connect(address) as socket:
@@ -491,7 +489,7 @@ def test_a_microphone_that_falls_silent_ends_the_turn(ears: Ears, voice: Voice) 
 
 
 def test_a_server_that_ends_lets_its_talkers_go(ears: Ears, voice: Voice) -> None:
-    app = create_app(Assistant(ScriptedEngine(*LONG)), model_name="parrot", ears=ears, voice=voice, page=False)
+    app = create_app(serving(Assistant(ScriptedEngine(*LONG)), "parrot"), ears=ears, voice=voice, page=False)
     with served(app) as url:
         socket = connect(f"ws{url[4:]}/v1/realtime").__enter__()
         assert json.loads(socket.recv())["type"] == "session.created"
