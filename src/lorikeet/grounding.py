@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
@@ -26,9 +27,11 @@ FOOTER = "End of search results."
 BUDGET_TOKENS = 320
 """Tokens of search results before a question: about one second of prefill for the packaged model on two cores."""
 
-_INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]+")
 _MARKER = re.compile(
-    r"(?i)end of search results|search results, untrusted text|<\|[^|>]{0,40}\|>|</?s>|\[/?INST\]|</?\w+_of_turn>"
+    r"(?i)end\W+of\W+search\W+results|search\W+results\W+untrusted\W+text|\[\^?\d+\]|<[|\uff5c][^|\uff5c>]{0,40}[|\uff5c]>|</?s>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|</?(?:think|tool_call|tool_response)>|</?\w+_of_turn>"
 )
 
 
@@ -37,17 +40,16 @@ def approximate_tokens(text: str) -> int:
     return math.ceil(len(text) / 3)
 
 
-def ground(
-    question: str,
+def block_lines(
     sources: Sequence[Source],
     *,
     budget_tokens: int = BUDGET_TOKENS,
     count_tokens: Callable[[str], int] = approximate_tokens,
-) -> str:
-    """Return the user's turn that carries `sources` before `question`; `question` itself if no source fits.
+) -> list[str]:
+    """Return the numbered lines of the first sources, as many as fit into `budget_tokens`; the last one is cut at a word.
 
-    Sources are taken in their order while they fit into `budget_tokens`; the last one is cut at a word. Text from
-    a source is one line, without control or invisible characters, and cannot close the block or open a turn.
+    Text from a source is one line, without control or invisible characters, and cannot close the block, open a turn or
+    number a source.
     """
     lines: list[str] = []
     left = budget_tokens
@@ -59,9 +61,26 @@ def ground(
             break
         lines.append(line)
         left -= count_tokens(line)
-    if not lines:
-        return question
-    return "\n".join([HEADER, *lines, FOOTER, "", question])
+    return lines
+
+
+def put_before(question: str, lines: Sequence[str]) -> str:
+    """Return the user's turn that carries the block of `lines` before `question`; `question` itself without lines."""
+    return "\n".join([HEADER, *lines, FOOTER, "", question]) if lines else question
+
+
+def ground(
+    question: str,
+    sources: Sequence[Source],
+    *,
+    budget_tokens: int = BUDGET_TOKENS,
+    count_tokens: Callable[[str], int] = approximate_tokens,
+) -> str:
+    """Return the user's turn that carries `sources` before `question`; `question` itself if no source fits.
+
+    Sources are taken in their order while they fit into `budget_tokens`; see `block_lines`.
+    """
+    return put_before(question, block_lines(sources, budget_tokens=budget_tokens, count_tokens=count_tokens))
 
 
 def ground_conversation(conversation: Conversation) -> Conversation:
@@ -74,9 +93,13 @@ def ground_conversation(conversation: Conversation) -> Conversation:
 
 
 def _plain(text: str) -> str:
-    """Return `text` as one line that cannot be taken for the block's own delimiters or a template's marks."""
+    """Return `text` as one line that cannot be taken for the block's own delimiters and numbers or a template's marks."""
     previous = ""
-    text = " ".join(_INVISIBLE.sub(" ", text).split())
+    text = " ".join(_INVISIBLE.sub("", _CONTROL.sub(" ", text)).split())
+    # Wide and styled letters read like the plain ones, and are made plain only where they spell a mark.
+    plain = unicodedata.normalize("NFKC", text)
+    if _MARKER.search(plain):
+        text = plain
     while text != previous:
         previous, text = text, _MARKER.sub(" ", text)
     return " ".join(text.split())
