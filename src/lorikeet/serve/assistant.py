@@ -10,6 +10,7 @@ It knows no HTTP, no page and no audio: those turn its events into what their us
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ from typing import Any, Literal
 
 from lorikeet.config import ServeConfig
 from lorikeet.engine import Engine
-from lorikeet.errors import RequestError
+from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.grounding import approximate_tokens, ground
 from lorikeet.messages import Conversation, Message, Source, Usage
+from lorikeet.serve.memory import Memory
+from lorikeet.serve.note import Note, Origin
 from lorikeet.serve.search.decide import decide
 from lorikeet.serve.search.provider import Provider, SearchError
 
@@ -90,11 +93,14 @@ class Assistant:
         config: ServeConfig | None = None,
         count_tokens: Callable[[str], int] = approximate_tokens,
         today: Callable[[], date] = date.today,
+        memory: Memory | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Answer with `engine`; conversations without a system turn get `system_prompt`.
 
         Without a `provider` it never searches. `config` gives the context's size and the defaults of an answer;
-        `count_tokens` counts the tokens of a text where it matters whether a long history fits.
+        `count_tokens` counts the tokens of a text where it matters whether a long history fits. Turns that come with a
+        note are kept in `memory` as answered by `origin`; without a memory nothing is kept.
         """
         self._engine = engine
         self._system_prompt = system_prompt
@@ -102,6 +108,8 @@ class Assistant:
         self._config = config or ServeConfig()
         self._count_tokens = count_tokens
         self._today = today
+        self._memory = memory
+        self._origin = origin or Origin(name=engine.name)
 
     @property
     def can_search(self) -> bool:
@@ -112,6 +120,11 @@ class Assistant:
     def system_prompt(self) -> str:
         """What conversations without a system turn are led by."""
         return self._system_prompt
+
+    @property
+    def memory(self) -> Memory | None:
+        """Where turns are kept; None where nothing is."""
+        return self._memory
 
     def warm(self) -> None:
         """Have the engine read the system prompt once, so that the first answer does not wait for that."""
@@ -132,13 +145,60 @@ class Assistant:
         top_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        note: Note | None = None,
     ) -> Generator[Event, None, None]:
-        """Yield the events of the answer to the last turn, which is the user's.
+        """Yield the events of the answer to the last turn, which is the user's; `note` is filled in and kept.
 
         What is None is the configuration's; `max_tokens` can only lower its limit. Turns that would not fit the
         context are dropped, oldest first; the system turn and the question stay. Closing the iterator stops the
         generation. Raises RequestError for a conversation that cannot be answered, EngineError if the engine fails.
         """
+        noted = note if self._memory else None
+        events = self._answer(
+            messages,
+            note=noted,
+            search=search,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
+        return self._noting(events, noted) if noted else events
+
+    def _noting(self, events: Generator[Event, None, None], note: Note) -> Generator[Event, None, None]:
+        """Pass events on and note them; the turn is kept before its last event, or when it ends without one."""
+        note.origin, began_s = self._origin, time.monotonic()
+        try:
+            with closing(events):
+                for event in events:
+                    _take(note, event, after_ms=(time.monotonic() - began_s) * 1000)
+                    if isinstance(event, Done):
+                        self._keep(note)
+                    yield event
+        except LorikeetError:
+            note.outcome = "failed"
+            raise
+        finally:
+            if note.outcome in {"stopped", "failed"}:
+                self._keep(note)
+
+    def _keep(self, note: Note) -> None:
+        if self._memory and note.answer and not note.deferred:
+            self._memory.keep(note)
+
+    def _answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        note: Note | None,
+        search: Search,
+        max_tokens: int | None,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int | None,
+        stop: Sequence[str],
+    ) -> Generator[Event, None, None]:
         if not messages or messages[-1].role != "user":
             raise RequestError("the conversation must end with a turn of the user")
         limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
@@ -146,8 +206,11 @@ class Assistant:
         question = replace(messages[-1], content=ground(messages[-1].content, sources))
         conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
         sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
+        prompt = self._fit(conversation.messages, limit)
+        if note is not None:
+            note.question, note.prompt = messages[-1].content, tuple(prompt)
         answer = self._engine.stream(
-            self._fit(conversation.messages, limit),
+            prompt,
             max_tokens=limit,
             temperature=self._config.temperature if temperature is None else temperature,
             seed=seed,
@@ -201,3 +264,21 @@ class Assistant:
         while first < len(turns) - 1 and turns[first].role != "user":
             first += 1
         return [*system, *turns[first:]]
+
+
+def _take(note: Note, event: Event, *, after_ms: float) -> None:
+    """Note an event that came so long after the beginning."""
+    if isinstance(event, Searching):
+        note.search_reason = event.reason
+    elif isinstance(event, Found):
+        note.sources = event.sources
+        note.timings_ms["search"] = after_ms
+    elif isinstance(event, SearchFailed):
+        note.search_failure = event.message
+        note.timings_ms["search"] = after_ms
+    elif isinstance(event, Text):
+        note.timings_ms.setdefault("first_token", after_ms)
+        note.answer += event.text
+    else:
+        note.timings_ms["answer"] = after_ms
+        note.outcome, note.usage = event.finish_reason, event.usage
