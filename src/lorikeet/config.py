@@ -202,6 +202,10 @@ class ServeConfig:
     """Speech to text: a packaged name, a faster-whisper size or folder, or off."""
     voice: str = "hibari"
     """Text to speech: hibari (packaged), kokoro:FOLDER[@SPEAKER], coqui, coqui:FOLDER, tts_models/..., or off."""
+    memory: str = ""
+    """A file to keep conversations, ratings and corrections in; without it nothing is kept."""
+    memory_days: int = 0
+    """Kept conversations are deleted so many days after they began; 0 keeps them until they are deleted."""
     context_tokens: int = 4096
     """Longest conversation, prompt and answer together."""
     max_answer_tokens: int = 512

@@ -25,9 +25,11 @@ from starlette.types import Receive, Scope, Send
 
 from lorikeet.errors import EngineError, InputError, LorikeetError, MachineError
 from lorikeet.serve.assistant import Event
+from lorikeet.serve.feedback import add_memory_routes
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, LOOPBACK_HOSTS, Guard, error_body
 from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
 from lorikeet.serve.models import Models, Served, UnknownModelError
+from lorikeet.serve.note import Note
 from lorikeet.serve.voice.realtime import Door
 from lorikeet.serve.voice.session import Parts
 from lorikeet.serve.wire import Answer, ChatRequest, SpeechRequest
@@ -79,6 +81,7 @@ def create_app(
     _add_audio(app, ears, voice)
     metrics = Metrics()
     _add_metrics(app, metrics)
+    add_memory_routes(app, models.default.assistant.memory, metrics.registry)
     _add_realtime(app, models.default, ears=ears, voice=voice, metrics=metrics)
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
@@ -121,6 +124,10 @@ def _add_chat(app: FastAPI, models: Models) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = models.choose(body.model)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        answer = Answer(model.name, include_usage=include_usage)
+        if body.store is not False:
+            answer.note = Note(id=answer.id, channel="api", conversation_id=body.lorikeet.conversation)
         events = model.assistant.respond(
             [message.message() for message in body.messages],
             search=body.lorikeet.search,
@@ -129,9 +136,8 @@ def _add_chat(app: FastAPI, models: Models) -> None:
             top_p=body.top_p,
             seed=body.engine_seed,
             stop=body.stop or (),
+            note=answer.note,
         )
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        answer = Answer(model.name, include_usage=include_usage)
         pulled = _pull(events, limiter)
         if body.stream:
             # The first event decides the status: an error after it can only be said inside the stream.

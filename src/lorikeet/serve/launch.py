@@ -28,6 +28,7 @@ from lorikeet.serve.server import Listener, run_server
 
 if TYPE_CHECKING:
     from lorikeet.serve.assistant import Assistant
+    from lorikeet.serve.memory import Memory
     from lorikeet.speech import Ears, Voice
 
 T = TypeVar("T")
@@ -46,6 +47,9 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
 
     provider = load_provider(config.search)
     with _sigterm_as_ctrl_c(), Listener(config.host, config.port) as listener, ExitStack() as stack:
+        memory = _memory(config)
+        if memory is not None:
+            stack.callback(memory.close)
         engine = _step(f"model {model_name}", lambda: _open(target, config, model_name))
         stack.callback(engine.close)
         ears = None if config.ears == "off" else _step(f"ears {config.ears}", lambda: _ears(config.ears))
@@ -53,9 +57,16 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
         count_tokens = _counter(engine) if isinstance(engine, LlamaEngine) else approximate_tokens
         # Imported here and not above: the web packages are an extra.
         from lorikeet.serve.assistant import Assistant
+        from lorikeet.serve.memory import identify
 
         assistant = Assistant(
-            engine, system_prompt=system_prompt, provider=provider, config=config, count_tokens=count_tokens
+            engine,
+            system_prompt=system_prompt,
+            provider=provider,
+            config=config,
+            count_tokens=count_tokens,
+            memory=memory,
+            origin=identify(target, model_name) if memory else None,
         )
         _step("first words", lambda: _warm(assistant, ears, voice))
 
@@ -119,6 +130,21 @@ def _voice(name: str) -> Voice:
     from lorikeet.speech.speak import load_voice
 
     return load_voice(name)
+
+
+def _memory(config: ServeConfig) -> Memory | None:
+    """Open the memory, and say that there is one."""
+    if config.memory_days < 0:
+        raise InputError(f"--memory-days is {config.memory_days}; give a number of days, or 0 to keep conversations")
+    if not config.memory:
+        if config.memory_days:
+            raise InputError("--memory-days needs --memory FILE; without it nothing is kept")
+        return None
+    from lorikeet.serve.memory import Memory
+
+    memory = Memory.open(Path(config.memory).expanduser(), days=config.memory_days)
+    _say(f"conversations are kept in {config.memory}" + (f" for {memory.days} days" if memory.days else ""))
+    return memory
 
 
 def _warm(assistant: Assistant, ears: Ears | None, voice: Voice | None) -> None:

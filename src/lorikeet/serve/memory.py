@@ -57,6 +57,14 @@ class Memory:
             store.close()
             raise
 
+    def __enter__(self) -> Memory:
+        """Return the memory itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
     def close(self) -> None:
         """Let go of the file."""
         self._closing.set()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from lorikeet.messages import Message, Source, Usage
 from lorikeet.serve.assistant import Done, Event, Found, SearchFailed, Searching, Text
+from lorikeet.serve.note import Note
 
 MAX_MESSAGES = 1024
 MAX_SPEECH_CHARACTERS = 4096
@@ -84,6 +85,8 @@ class Extension(_Strict):
 
     model_config = ConfigDict(extra="forbid")
     search: Literal["auto", "off", "always"] = "off"
+    conversation: str = Field("", max_length=100)
+    """A kept conversation that this turn goes on with."""
 
 
 class ChatRequest(_Strict):
@@ -103,6 +106,8 @@ class ChatRequest(_Strict):
         BeforeValidator(_list),
         Field(max_length=4),
     ] = None
+    store: bool | None = None
+    """False keeps this turn out of the server's memory, if it has one."""
     lorikeet: Extension = Extension()
 
     @model_validator(mode="before")
@@ -179,6 +184,13 @@ class Answer:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._include_usage = include_usage
         self._search = SearchNotes()
+        self.note: Note | None = None
+        """What is noted of the turn for the memory; None if it is not to be kept."""
+
+    @property
+    def id(self) -> str:
+        """The answer's name, by which feedback refers to it."""
+        return str(self._head["id"])
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """Return the chunks that `event` becomes; those of a search wait for the last one."""
@@ -186,7 +198,7 @@ class Answer:
         if isinstance(event, Text):
             return [self._chunk({"content": event.text})]
         if isinstance(event, Done):
-            last = self._chunk({}, event.finish_reason) | {"lorikeet": self._search.fields()}
+            last = self._chunk({}, event.finish_reason) | {"lorikeet": self._extension()}
             usage = self._chunk(None) | {"usage": usage_fields(event.usage)}
             return [last, usage] if self._include_usage else [last]
         return []
@@ -207,7 +219,13 @@ class Answer:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_fields(usage)}
-        return answer | {"lorikeet": self._search.fields()}
+        return answer | {"lorikeet": self._extension()}
+
+    def _extension(self) -> dict[str, Any]:
+        """Return the `lorikeet` field: the search, and where the turn was kept (None if it was not)."""
+        kept = self.note and self.note.kept
+        memory = {"id": kept.id, "conversation": kept.conversation_id} if kept else None
+        return {**self._search.fields(), "memory": memory}
 
     def _chunk(self, delta: dict[str, Any] | None, finish_reason: str | None = None) -> dict[str, Any]:
         """Return a chunk with `delta`, or with no choice if it is None."""
