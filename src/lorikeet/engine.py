@@ -11,11 +11,13 @@ behind a random key, and both kinds of engine are reached by the same HTTP clien
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +27,26 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from lorikeet.errors import EngineError, MissingExtraError, RequestError
-from lorikeet.gguf_header import read_header
+from lorikeet.errors import EngineError, InputError, LorikeetError, MissingExtraError, RequestError
+from lorikeet.files import sha256_file
+from lorikeet.gguf_header import Header, read_header
 from lorikeet.messages import Delta, Message, Usage
 from lorikeet.prompt import defuse
 
 START_TIMEOUT_S = 120.0
 READ_TIMEOUT_S = 600.0
+RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0
+"""How long a child that ended is left alone before it is started again: doubled each time that this was in vain."""
+
+STEADY_S = 60.0
+"""A child that ran for so long was well; the next pause is the first one again."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class EngineDownError(EngineError):
+    """The engine's process has ended; where it is supervised, it is being started again."""
 
 
 class Engine(Protocol):
@@ -60,6 +75,10 @@ class Engine(Protocol):
         """Say whether the engine would answer now."""
         ...
 
+    def problem(self) -> str:
+        """Return why it would not answer now, in words for the user; '' if it would."""
+        ...
+
     def close(self) -> None:
         """Free what it holds; it can be called twice."""
         ...
@@ -72,12 +91,7 @@ class HttpEngine:
         """Talk to `url` (with or without `/v1`) and ask for the model `name`; messages cannot contain `specials`."""
         self.name = name
         self._specials = tuple(specials)
-        # llama-server closes idle connections on its own, and httpx may hand one to a thread while another closes it:
-        # no connection is used twice.
-        headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        base = url.rstrip("/").removesuffix("/v1")
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False)
+        self._http = _client(url, api_key)
 
     @classmethod
     def connect(cls, url: str, *, api_key: str = "") -> HttpEngine:
@@ -108,6 +122,10 @@ class HttpEngine:
             return self._http.get("/v1/models", timeout=5.0).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
+
+    def problem(self) -> str:
+        """Return that it does not answer, or ''."""
+        return "" if self.healthy() else f"the engine at {self._http.base_url} does not answer"
 
     def get(self, route: str) -> Any:
         """Return the JSON of a GET. Raises EngineError."""
@@ -151,6 +169,8 @@ class HttpEngine:
                 response.read()
                 self._raise(response)
             for line in response.iter_lines():
+                if line.startswith(":"):
+                    yield Delta("")  # still reading the prompt: whoever asked may have left meanwhile
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line.removeprefix("data: "))
@@ -206,44 +226,96 @@ class LlamaEngine(HttpEngine):
         slots: int = 1,
         threads: int | None = None,
         scoring: bool = False,
+        sha256: str = "",
+        restart: bool = False,
     ) -> None:
         """Start the child and wait until it is ready.
 
         `context_tokens` is for each of the `slots` (conversations answered at once). `scoring` starts it for `hidden`,
-        with the whole context in one batch. Raises InputError for a file that is no whole GGUF, EngineError if the
-        child fails.
+        with the whole context in one batch. With `sha256` only the file of that hash is loaded. With `restart` a child
+        that ends is started again, after a pause that grows; until then every request is an EngineDownError. Raises
+        InputError for a file that is no whole GGUF or not that one, EngineError if the child fails.
         """
-        specials = read_header(gguf).special_tokens()
-        key = secrets.token_hex(32)
-        settings = {
+        self.path = gguf
+        self._sha256 = sha256
+        self._settings = {
             "gguf": str(gguf),
             "context_tokens": context_tokens * slots,
             "slots": slots,
             "threads": threads or os.cpu_count() or 1,
             "scoring": scoring,
-            "key": key,
         }
-        self._process, self._log, port = _start_child(settings, gguf)
-        self.path = gguf
+        self._closing = threading.Event()
+        self._down = ""
+        """Why there is no child now."""
+        specials = self._check().special_tokens()
+        key = secrets.token_hex(32)
+        self._process, self._log, port = _start_child({**self._settings, "key": key}, gguf)
         super().__init__(f"http://127.0.0.1:{port}", name=name or gguf.stem, api_key=key, specials=specials)
+        self._supervisor = threading.Thread(target=self._supervise, name="engine supervisor", daemon=True)
+        if restart:
+            self._supervisor.start()
 
     def healthy(self) -> bool:
         """Say whether the child runs and answers."""
-        return self._process.poll() is None and super().healthy()
+        return not self._down and self._process.poll() is None and super().healthy()
+
+    def problem(self) -> str:
+        """Return how the child ended, or that it does not answer; '' if all is well."""
+        if self._down or self._process.poll() is not None:
+            return self._down or self._failure(self._process)
+        return super().problem()
 
     def close(self) -> None:
         """End the child."""
+        self._closing.set()
         super().close()
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
+        _end(self._process)
+        if self._supervisor.is_alive():
+            self._supervisor.join(timeout=5)  # one that is starting a child ends it itself
+        _end(self._process)
+
+    def _check(self) -> Header:
+        """Return the file's header. Raises InputError for one that is damaged, or is not the file that is meant."""
+        header = read_header(self.path)
+        if self._sha256 and sha256_file(self.path) != self._sha256:
+            raise InputError(f"{self.path} was changed: it is not the file of sha256 {self._sha256}; export it again")
+        return header
+
+    def _supervise(self) -> None:
+        """Start the child again whenever it ends, until `close`."""
+        pause_s, began_s = RESTART_FIRST_S, time.monotonic()
+        while True:
+            self._process.wait()
+            if self._closing.is_set():
+                return
+            self._down = self._failure(self._process)
+            _end(self._process)
+            if time.monotonic() - began_s > STEADY_S:
+                pause_s = RESTART_FIRST_S
+            while self._down:
+                _log.warning("engine: %s; starting it again in %.1f s", self._down, pause_s)
+                if self._closing.wait(pause_s):
+                    return
+                pause_s = min(2 * pause_s, RESTART_MOST_S)
+                self._start_again()
+            began_s = time.monotonic()
+
+    def _start_again(self) -> None:
+        """Replace the child, or say in `_down` why that failed."""
+        key = secrets.token_hex(32)
+        try:
+            self._check()
+            self._process, self._log, port = _start_child({**self._settings, "key": key}, self.path)
+        except (LorikeetError, OSError) as error:
+            self._down = str(error)
+            return
+        if self._closing.is_set():
+            _end(self._process)
+        before, self._http = self._http, _client(f"http://127.0.0.1:{port}", key)
+        before.close()
+        self._down = ""
+        _log.warning("engine: %s answers again", self.path.name)
 
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's ids for a rendered prompt, its special tokens parsed and its BOS added as when serving."""
@@ -261,20 +333,47 @@ class LlamaEngine(HttpEngine):
         answer = self.post("/embeddings", {"content": list(ids), "embd_normalize": -1})
         return np.asarray(answer[0]["embedding"], dtype=np.float32)
 
-    def _failure(self) -> str:
-        return f"{self.path.name}: llama.cpp ended with {self._process.returncode}: {self._log.last_lines()}"
+    def _failure(self, process: subprocess.Popen[bytes]) -> str:
+        return f"{self.path.name}: llama.cpp ended with {process.returncode}: {self._log.last_lines()}".rstrip(": ")
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
+        if self._down:
+            raise EngineDownError(f"the engine is being started again: {self._down}")
+        process = self._process
         try:
             with super()._failures():
                 yield
         except EngineError as error:
             try:
-                self._process.wait(timeout=0.5)  # a connection that broke off may be the first sign of its end
+                process.wait(timeout=0.5)  # a connection that broke off may be the first sign of its end
             except subprocess.TimeoutExpired:
                 raise error from None
-            raise EngineError(self._failure()) from error
+            raise EngineDownError(self._failure(process)) from error
+
+
+def _client(url: str, api_key: str) -> httpx.Client:
+    # llama-server closes idle connections on its own, and httpx may hand one to a thread while another closes it:
+    # no connection is used twice.
+    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    base = url.rstrip("/").removesuffix("/v1")
+    timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
+    limits = httpx.Limits(max_connections=None)
+    return httpx.Client(base_url=base, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a child, and close its pipes."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
 
 
 def _error_text(answer: Any) -> str:

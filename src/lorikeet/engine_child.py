@@ -33,6 +33,8 @@ def main() -> None:
     params.verbosity = 1
     params.ui = False
     params.cache_ram_mib = 0
+    params.sse_ping_interval = 1  # while a prompt is read, so that a client that left is noticed
+    params.endpoint_slots = False  # it would show what others ask
     if settings["scoring"]:
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE

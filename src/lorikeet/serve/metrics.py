@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 
+from lorikeet.serve.queue import Queue
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0)
 
@@ -34,6 +36,22 @@ class Metrics:
             ("stage",),
             registry=self.registry,
         )
+
+    def watch(self, queue: Queue) -> None:
+        """Show a queue: who waits, who is answered, who was refused, and how long those who came in had waited."""
+        for name, about, read in (
+            ("waiting", "Requests that wait for their turn.", lambda: queue.waiting),
+            ("answering", "Requests that are being answered.", lambda: queue.answering),
+            ("refused_total", "Requests that were refused because the line was full.", lambda: queue.refused),
+        ):
+            Gauge(f"lorikeet_queue_{name}", about, registry=self.registry).set_function(read)
+        waited = Histogram(
+            "lorikeet_queue_wait_seconds",
+            "How long a request waited for its turn.",
+            buckets=_BUCKETS_S,
+            registry=self.registry,
+        )
+        queue.on_admitted = waited.observe
 
     def note_turn(self, waterfall: Mapping[str, float]) -> None:
         """Count a spoken answer: stage names that end in `_ms`, and milliseconds after the end of speech."""
