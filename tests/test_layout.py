@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "lorikeet"
 FLOORS = (
     {"errors", "messages", "files", "__init__"},
     {"config", "prompt", "grounding", "weights", "gguf_header"},
-    {"run", "card", "engine", "engine_child", "scoring", "compare", "speech", "data"},
+    {"run", "card", "engine", "completion", "answer_schema", "engine_child", "scoring", "compare", "speech", "data"},
     {"tune", "export", "prove", "serve", "deploy"},
     {"chat", "quickstart"},
     {"cli"},
