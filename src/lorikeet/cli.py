@@ -28,7 +28,7 @@ from lorikeet.config import (
     TuneConfig,
     VerifyConfig,
 )
-from lorikeet.errors import InputError, LorikeetError
+from lorikeet.errors import InputError, LorikeetError, is_out_of_memory
 
 app = App(
     name="lorikeet",
@@ -166,6 +166,9 @@ def export(run: Path, config: ExportConfig | None = None, *, verify: bool = True
     verify
         Compare the artefacts with what was tuned; without it, `verify` does so later.
     """
+    from lorikeet.run import require_address_space
+
+    require_address_space()
     from lorikeet.export.stage import export as export_run
 
     export_run(run, config or ExportConfig())
@@ -227,8 +230,21 @@ def prove(run: Path, config: ProveConfig | None = None, *, json: Json = False) -
         print(_verdict_line(proof))
         for check in proof["checks"]:
             print(f"  {'passed' if check['pass'] else 'FAILED'}  {check['name']}: {check['value']} ({check['limit']})")
+        for hint in _hints(proof, run):
+            print(hint)
         print(f"report: {run / 'reports' / 'proof.html'}")
     return 0 if proof["verdict"] == "ship" else 1
+
+
+def _hints(proof: dict[str, Any], run: Path) -> list[str]:
+    """Return what may turn a verdict of no, where the checks that failed have a known remedy."""
+    failed = {check["name"] for check in proof["checks"] if not check["pass"]}
+    hints = []
+    if failed & {"instructions_followed", "plain_text_loss"}:
+        hints.append(f"a weaker adapter forgets less: lorikeet export {run} --strength 0.5, then prove again")
+    if "heldout_loss" in failed:
+        hints.append("more steps, or more conversations, make the difference plainer: look at reports/loss.png")
+    return hints
 
 
 @app.command
@@ -345,8 +361,10 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _fail("out of memory; close other programs, or lower max_length", code=3)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail("out of memory; what was there is kept: close other programs and try again", code=3)
 
 
 def _recipe(arguments: list[str]) -> tuple[list[Any], list[str]]:

@@ -6,7 +6,7 @@
 A LoRA adds strength * alpha / r * B A, so a strength is a change of `lora_alpha` in `adapter_config.json` and nothing else:
 adapter, merged weights, GGUF and whoever loads the adapter with PEFT get the same. `run.json` keeps the alpha of tuning, so a
 strength is never applied on top of another. What `prove` guards counts too: a strength at which plain prose gets dearer than
-`prose.MOST_FORGOTTEN` allows is not chosen, nor one at which clearly fewer instructions are followed, asked with other
+`prose.MOST_FORGOTTEN` allows is not chosen, nor one at which fewer instructions are followed, asked with other
 prompts than those of `prove`. DoRA is not linear in the strength and keeps 1.
 """
 
@@ -50,7 +50,12 @@ ANSWER_TOKENS = 48
 """Longest answer to an instruction here."""
 
 RESAMPLES = 10_000
-"""Of the bootstrap that tells a loss of instructions from an accident, as in `prove`."""
+"""Of the bootstrap that puts an interval around the change of instructions followed."""
+
+ONE_ERROR = 0.6827
+"""Level of an interval of one standard error to either side. What is within it counts as kept: the rule of one standard
+error (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3). A few prompts can be sure of a large loss
+alone, so the choice must be stricter than the verdict, whose interval is 95 %."""
 
 VALIDATION = "data/validation.jsonl"
 CONFIG = "adapter_config.json"
@@ -136,17 +141,16 @@ def measure(
         chosen = _keeps_instructions(model, prompt, table, most=best, unit=unit)
     tried = f"the best of {', '.join(f'{s:g}' for s in STRENGTHS)} on {len(rows)} validation conversations"
     if chosen < best:
-        tried = f"{best:g} is {tried}, but follows clearly fewer instructions than the base"
+        tried = f"{best:g} is {tried}, but follows fewer instructions than the base"
     return chosen, table, tried
 
 
 def _keeps_instructions(
     model: AdapterModel, prompt: PromptFormat, table: list[dict[str, Any]], *, most: float, unit: float
 ) -> float:
-    """Return the greatest strength up to `most` that does not surely follow fewer instructions than the base.
+    """Return the greatest strength up to `most` that follows as many instructions as the base, but for `ONE_ERROR`.
 
-    That is the rule of `prove`: the upper end of the difference's 95 % interval is at least 0. The shares are entered
-    into the `table`'s rows. If no strength keeps it, the weakest is returned: `prove` will say no.
+    The shares are entered into the `table`'s rows. If no strength keeps them, the weakest is returned: `prove` will say no.
     """
     asked = prompts_for_choice()
     counts = np.array([len(instructed.instructions) for instructed in asked])
@@ -159,7 +163,7 @@ def _keeps_instructions(
     base, strength = ask(table[0]), most
     for row in reversed([row for row in table[1:] if row["strength"] <= most]):
         strength = row["strength"]
-        change = ratio_interval(ask(row) - base, counts, level=0.95, resamples=RESAMPLES, seed=0)
+        change = ratio_interval(ask(row) - base, counts, level=ONE_ERROR, resamples=RESAMPLES, seed=0)
         if change.high >= 0:
             break
     return float(strength)
