@@ -197,7 +197,13 @@ class ServeConfig:
     quant: Quant = "q8_0"
     """Which GGUF of the run to serve."""
     search: str = "ddg"
-    """Where search results come from: ddg, or off."""
+    """Where search results come from: ddg, searxng:URL, or off."""
+    search_when: Literal["auto", "off", "always"] = "auto"
+    """When the page searches until the user chooses: where the question asks for it, never, or always."""
+    search_deadline_s: float = 4.0
+    """Longest wait for search results; the answer goes on without them."""
+    search_prefill_ms: float = 1000.0
+    """How long the engine may read search results before it answers; with its measured speed this limits their length."""
     ears: str = "whisper-tiny.en"
     """Speech to text: a packaged name, a faster-whisper size or folder, or off."""
     voice: str = "hibari"
@@ -208,6 +214,14 @@ class ServeConfig:
     """Kept conversations are deleted so many days after they began; 0 keeps them until they are deleted."""
     context_tokens: int = 4096
     """Longest conversation, prompt and answer together."""
+    slots: int = 4
+    """How many written requests are answered at once; a spoken one has a slot besides."""
+    queue: int = 32
+    """How many more may wait; beyond that the answer is 503."""
+    with_base: bool = False
+    """Serve a run's base model beside the tuned one, under the name RUN-base."""
+    public: bool = False
+    """Let other machines in without a key; requests are then limited by address."""
     max_answer_tokens: int = 512
     """Longest answer unless the request says less."""
     temperature: float = 0.3

@@ -76,6 +76,9 @@ class ScriptedEngine:
     def healthy(self) -> bool:
         return not self.down
 
+    def problem(self) -> str:
+        return "the engine at nowhere does not answer" if self.down else ""
+
     def close(self) -> None:
         self.down = True
 

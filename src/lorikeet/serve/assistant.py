@@ -21,17 +21,29 @@ from lorikeet.config import ServeConfig
 from lorikeet.engine import Engine
 from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.grounding import approximate_tokens, ground
-from lorikeet.messages import Conversation, Message, Source, Usage
+from lorikeet.messages import Conversation, Delta, Message, Source, Usage
 from lorikeet.serve.memory import Memory
 from lorikeet.serve.note import Note, Origin
+from lorikeet.serve.queue import Queue
 from lorikeet.serve.search.decide import decide
 from lorikeet.serve.search.provider import Provider, SearchError
 
 Search = Literal["auto", "off", "always"]
 """When to search: where the question asks for it, never, or before every answer."""
 
+LOOK_UP_S = 0.25
+"""How often a request that stands in line looks whether it is still wanted."""
+
 TURN_TOKENS = 8
 """What a template puts around a turn, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing yet: the request stands in line, or the engine reads it. A moment to see whether anybody still waits."""
+
+    position: int
+    """How many are before it, itself included; 0 once the engine has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class Done:
     """Token counts, where the engine gives them."""
 
 
-Event = Searching | Found | SearchFailed | Text | Done
+Event = Waiting | Searching | Found | SearchFailed | Text | Done
 
 
 class Assistant:
@@ -95,12 +107,14 @@ class Assistant:
         today: Callable[[], date] = date.today,
         memory: Memory | None = None,
         origin: Origin | None = None,
+        queue: Queue | None = None,
     ) -> None:
         """Answer with `engine`; conversations without a system turn get `system_prompt`.
 
         Without a `provider` it never searches. `config` gives the context's size and the defaults of an answer;
         `count_tokens` counts the tokens of a text where it matters whether a long history fits. Turns that come with a
         note are kept in `memory` as answered by `origin`; without a memory nothing is kept.
+        Requests stand in line in `queue`, which assistants on the same cores share.
         """
         self._engine = engine
         self._system_prompt = system_prompt
@@ -110,6 +124,7 @@ class Assistant:
         self._today = today
         self._memory = memory
         self._origin = origin or Origin(name=engine.name)
+        self.queue = queue or Queue(slots=self._config.slots, places=self._config.queue)
 
     @property
     def can_search(self) -> bool:
@@ -135,6 +150,10 @@ class Assistant:
         """Say whether the engine would answer now."""
         return self._engine.healthy()
 
+    def problem(self) -> str:
+        """Return why the engine would not answer now, in words for the user; '' if it would."""
+        return self._engine.problem()
+
     def respond(
         self,
         messages: Sequence[Message],
@@ -146,12 +165,14 @@ class Assistant:
         seed: int | None = None,
         stop: Sequence[str] = (),
         note: Note | None = None,
+        urgent: bool = False,
     ) -> Generator[Event, None, None]:
         """Yield the events of the answer to the last turn, which is the user's; `note` is filled in and kept.
 
         What is None is the configuration's; `max_tokens` can only lower its limit. Turns that would not fit the
         context are dropped, oldest first; the system turn and the question stay. Closing the iterator stops the
-        generation. Raises RequestError for a conversation that cannot be answered, EngineError if the engine fails.
+        generation. An `urgent` one, which is spoken, goes before those that are written. Raises RequestError for a
+        conversation that cannot be answered, BusyError at once if too many wait, EngineError if the engine fails.
         """
         noted = note if self._memory else None
         events = self._answer(
@@ -163,6 +184,7 @@ class Assistant:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            urgent=urgent,
         )
         return self._noting(events, noted) if noted else events
 
@@ -198,31 +220,30 @@ class Assistant:
         top_p: float | None,
         seed: int | None,
         stop: Sequence[str],
+        urgent: bool,
     ) -> Generator[Event, None, None]:
         if not messages or messages[-1].role != "user":
             raise RequestError("the conversation must end with a turn of the user")
         limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
-        sources = yield from self._search(messages[-1].content, search)
-        question = replace(messages[-1], content=ground(messages[-1].content, sources))
-        conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
-        sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
-        prompt = self._fit(conversation.messages, limit)
-        if note is not None:
-            note.question, note.prompt = messages[-1].content, tuple(prompt)
-        answer = self._engine.stream(
-            prompt,
-            max_tokens=limit,
-            temperature=self._config.temperature if temperature is None else temperature,
-            seed=seed,
-            stop=stop,
-            **sampling,
-        )
-        with closing(answer) as deltas:
-            for delta in deltas:
-                if delta.text:
-                    yield Text(delta.text)
-                if delta.finish_reason:
-                    yield Done(delta.finish_reason, delta.usage)
+        with self.queue.join(urgent=urgent) as ticket:
+            sources = yield from self._search(messages[-1].content, search)
+            question = replace(messages[-1], content=ground(messages[-1].content, sources))
+            conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
+            while not ticket.wait(LOOK_UP_S):
+                yield Waiting(ticket.position)
+            prompt = self._fit(conversation.messages, limit)
+            if note is not None:
+                note.question, note.prompt = messages[-1].content, tuple(prompt)
+            sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
+            answer = self._engine.stream(
+                prompt,
+                max_tokens=limit,
+                temperature=self._config.temperature if temperature is None else temperature,
+                seed=seed,
+                stop=stop,
+                **sampling,
+            )
+            yield from _events(answer)
 
     def _search(self, question: str, search: Search) -> Generator[Event, None, tuple[Source, ...]]:
         """Yield the events of a search, if there is one, and return the sources found."""
@@ -279,6 +300,18 @@ def _take(note: Note, event: Event, *, after_ms: float) -> None:
     elif isinstance(event, Text):
         note.timings_ms.setdefault("first_token", after_ms)
         note.answer += event.text
-    else:
+    elif isinstance(event, Done):
         note.timings_ms["answer"] = after_ms
         note.outcome, note.usage = event.finish_reason, event.usage
+
+
+def _events(answer: Generator[Delta, None, None]) -> Generator[Event, None, None]:
+    """Yield what an engine's deltas mean, and close it at the end."""
+    with closing(answer) as deltas:
+        for delta in deltas:
+            if delta.text:
+                yield Text(delta.text)
+            if delta.finish_reason:
+                yield Done(delta.finish_reason, delta.usage)
+            elif not delta.text:
+                yield Waiting(0)

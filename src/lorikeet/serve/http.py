@@ -23,13 +23,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from lorikeet.engine import EngineDownError
 from lorikeet.errors import EngineError, InputError, LorikeetError, MachineError
-from lorikeet.serve.assistant import Event
+from lorikeet.serve.assistant import Event, Waiting
 from lorikeet.serve.feedback import add_memory_routes
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, LOOPBACK_HOSTS, Guard, error_body
 from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
 from lorikeet.serve.models import Models, Served, UnknownModelError
 from lorikeet.serve.note import Note
+from lorikeet.serve.queue import BusyError
 from lorikeet.serve.voice.realtime import Door
 from lorikeet.serve.voice.session import Parts
 from lorikeet.serve.wire import Answer, ChatRequest, SpeechRequest
@@ -38,8 +40,8 @@ from lorikeet.speech.audio import decode, encode_wav
 from lorikeet.speech.sayable import sayable
 from lorikeet.speech.vad import load_vad
 
-ANSWERS_AT_ONCE = 16
-"""Answers pulled at once; more wait without a thread, so that /health always finds one."""
+SPARE_THREADS = 8
+"""Threads beside those of the requests that are answered or stand in line: for those that are refused."""
 
 HEARING_MODELS = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe", "default")
 SPEAKING_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "default")
@@ -48,6 +50,7 @@ VOICES = ("default", "alloy", "ash", "ballad", "coral", "echo", "fable", "nova",
 
 STATUSES: tuple[tuple[type[LorikeetError], int], ...] = (
     (InputError, 400),
+    (EngineDownError, 503),
     (EngineError, 502),
     (MachineError, 503),
     (LorikeetError, 500),
@@ -69,8 +72,8 @@ def create_app(
 ) -> FastAPI:
     """Return the application: API, health and, unless `page` is False, the page at `/`.
 
-    Clients ask for one of `models` by name; the first is the default and the page's. Without `ears` or `voice` their routes and buttons say so. With an
-    `api_key` everything but /health asks for it. `hosts` are the names under which the server may be reached, None
+    Clients ask for one of `models` by name; the first is the default and the page's. Without `ears` or `voice` their
+    routes and buttons say so. With an `api_key` everything but /health asks for it. `hosts` are the names under which the server may be reached, None
     for any.
     """
     app = FastAPI(title="Lorikeet", docs_url=None, redoc_url=None, openapi_url=None)
@@ -80,6 +83,7 @@ def create_app(
     _add_chat(app, models)
     _add_audio(app, ears, voice)
     metrics = Metrics()
+    metrics.watch(models.default.assistant.queue)
     _add_metrics(app, metrics)
     add_memory_routes(app, models.default.assistant.memory, metrics.registry)
     _add_realtime(app, models.default, ears=ears, voice=voice, metrics=metrics)
@@ -100,9 +104,10 @@ def _add_models(app: FastAPI, served: Models) -> None:
 
     @app.get("/health")
     def health() -> Response:
-        if all(model.assistant.healthy() for model in served):
+        problems = [f"{model.name}: {problem}" for model in served if (problem := model.assistant.problem())]
+        if not problems:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "reason": "the engine does not answer"}, status_code=503)
+        return JSONResponse({"status": "failed", "reason": "; ".join(problems)}, status_code=503)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -114,12 +119,15 @@ def _add_models(app: FastAPI, served: Models) -> None:
 
 
 def _model_card(model: Served, created_s: int) -> dict[str, Any]:
-    """Return OpenAI's model object."""
-    return {"id": model.name, "object": "model", "created": created_s, "owned_by": "lorikeet"}
+    """Return OpenAI's model object, with what is known of the file in `lorikeet`."""
+    facts = {"kind": model.kind, "quant": model.quant or None, "sha256": model.sha256 or None}
+    facts |= {"adapter_sha256": model.adapter_sha256 or None, "proved": model.proved}
+    return {"id": model.name, "object": "model", "created": created_s, "owned_by": "lorikeet", "lorikeet": facts}
 
 
 def _add_chat(app: FastAPI, models: Models) -> None:
-    limiter = anyio.CapacityLimiter(ANSWERS_AT_ONCE)
+    queue = models.default.assistant.queue
+    limiter = anyio.CapacityLimiter(queue.slots + queue.places + SPARE_THREADS)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -141,7 +149,9 @@ def _add_chat(app: FastAPI, models: Models) -> None:
         pulled = _pull(events, limiter)
         if body.stream:
             # The first event decides the status: an error after it can only be said inside the stream.
-            first = await anext(pulled)
+            first = await _first(pulled, request)
+            if first is None:
+                return Response(status_code=499)
             return _ClosingResponse(pulled, _server_sent(first, pulled, answer), media_type="text/event-stream")
         async with aclosing(pulled):
             collected = []
@@ -216,6 +226,17 @@ async def _pull(events: Generator[T, None, None], limiter: anyio.CapacityLimiter
             await anyio.to_thread.run_sync(events.close)
 
 
+async def _first(events: Events, request: Request) -> Event | None:
+    """Return the first event that says something; None, with the source closed, if the client leaves before it."""
+    async for event in events:
+        if not isinstance(event, Waiting):
+            return event
+        if await request.is_disconnected():
+            break
+    await events.aclose()
+    return None
+
+
 class _ClosingResponse(StreamingResponse):
     """A stream that closes its source when the client is gone, rather than when the collector comes by."""
 
@@ -268,9 +289,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unknown_model(_: Request, error: UnknownModelError) -> Response:
         return answer(404, str(error), "model", "model_not_found")
 
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> Response:
+        response = answer(503, str(error), code="server_busy")
+        response.headers["Retry-After"] = str(error.retry_after_s)
+        return response
+
     @app.exception_handler(LorikeetError)
     async def known(_: Request, error: LorikeetError) -> Response:
-        return answer(_status(error), str(error))
+        response = answer(_status(error), str(error))
+        if response.status_code == 503:
+            response.headers["Retry-After"] = "2"
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -75,6 +75,8 @@ def run_server(app: Any, listener: Listener, *, on_ready: Callable[[str], object
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
+        # X-Forwarded-For is anybody's to write; addresses are limited and schemes trusted by the connection alone.
+        proxy_headers=False,
         ws="websockets-sansio",
         ws_max_size=MAX_MESSAGE_BYTES,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Message, Usage
-from lorikeet.serve.assistant import Assistant, Done, Found, Search, SearchFailed, Searching, Text
+from lorikeet.serve.assistant import Assistant, Done, Found, Search, SearchFailed, Searching, Text, Waiting
 from lorikeet.speech import Ears, Samples, Transcript, Voice
 from lorikeet.speech.audio import resample, trim_start
 from lorikeet.speech.clauses import ClauseSplitter
@@ -178,7 +178,7 @@ class Mind:
 
     def _answer(self, job: Job, history: tuple[Message, ...]) -> Iterator[Thought]:
         clauses = ClauseSplitter()
-        answer = self._assistant.respond(history, search=job.search, max_tokens=job.max_tokens)
+        answer = self._assistant.respond(history, search=job.search, max_tokens=job.max_tokens, urgent=True)
         with closing(answer) as events:
             for event in events:
                 if isinstance(event, Text):
@@ -189,6 +189,9 @@ class Mind:
                     for clause in clauses.flush():
                         yield self._say(job, clause)
                     yield Finished(job.generation, event.finish_reason, event.usage)
+                elif isinstance(event, Waiting):
+                    if self._is_void(job):
+                        return
                 else:
                     yield Looked(job.generation, event)
                     if isinstance(event, Searching) and not self._is_confirmed(job):

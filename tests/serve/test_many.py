@@ -1,0 +1,165 @@
+"""Many users: the line before the engine, models side by side, and a child that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lorikeet.config import ServeConfig
+from lorikeet.engine import EngineDownError, LlamaEngine
+from lorikeet.errors import InputError
+from lorikeet.messages import Message
+from lorikeet.serve.assistant import Assistant, Text
+from lorikeet.serve.http import create_app
+from lorikeet.serve.models import Models, Served, UnknownModelError
+from lorikeet.serve.queue import BusyError, Queue
+from lorikeet.weights import packaged_gguf
+from tests.serve.fakes import ScriptedEngine, served, serving
+
+
+def wait_until(condition: Any, *, timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_first_come_first_served_and_who_leaves_makes_room() -> None:
+    queue = Queue(slots=1, places=3)
+    tickets = [queue.join() for _ in range(4)]
+    assert [ticket.position for ticket in tickets] == [0, 1, 2, 3]
+    with pytest.raises(BusyError, match="3 requests wait"):
+        queue.join()
+    tickets[1].leave()
+    late = queue.join()
+    tickets[0].leave()
+    assert [ticket.wait(0) for ticket in (tickets[2], tickets[3], late)] == [True, False, False]
+    for ticket in (*tickets, late, late):
+        ticket.leave()
+    assert (queue.waiting, queue.answering, queue.refused) == (0, 0, 1)
+
+
+def test_somebody_who_speaks_waits_for_nobody_who_types() -> None:
+    queue = Queue(slots=2, places=0)
+    texts = [queue.join(), queue.join()]
+    first, second = queue.join(urgent=True), queue.join(urgent=True)
+    assert (first.wait(0), second.wait(0)) == (True, False)
+    with pytest.raises(BusyError):
+        queue.join()
+    texts[0].leave()
+    assert second.wait(0)
+    texts[1].leave()
+    with pytest.raises(BusyError):
+        queue.join()  # two speak: both slots are theirs
+
+
+def ask(url: str, **fields: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+
+
+@pytest.fixture
+def slow() -> Any:
+    engine = ScriptedEngine(*["word "] * 40, delay_s=0.02)
+    assistant = Assistant(engine, config=ServeConfig(slots=1, queue=1))
+    with served(create_app(serving(assistant), page=False)) as url:
+        yield url, assistant.queue, engine
+
+
+def test_a_full_line_is_503_with_a_time_to_come_back(slow: Any) -> None:
+    url, queue, _ = slow
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask, url, stream=number == 1) for number in range(2)]
+        wait_until(lambda: (queue.answering, queue.waiting) == (1, 1))
+        refused = ask(url)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "server_busy"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    numbers = httpx.get(f"{url}/metrics").text
+    assert "lorikeet_queue_refused_total 1.0" in numbers
+    assert "lorikeet_queue_wait_seconds_count 2.0" in numbers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_gives_up_its_place(slow: Any, stream: bool) -> None:
+    url, queue, engine = slow
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, url)
+        wait_until(lambda: queue.answering == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.1)
+        wait_until(lambda: queue.waiting == 0, timeout_s=0.6)
+        assert queue.answering == 1  # the first still is
+        first.result()
+    assert len(engine.asked) == 1
+
+
+def test_models_are_chosen_by_name_and_share_one_line() -> None:
+    queue = Queue(slots=4, places=4)
+    models = Models(
+        *(
+            Served(name=name, assistant=Assistant(ScriptedEngine(name), queue=queue), kind=kind)  # type: ignore[arg-type]
+            for name, kind in (("mine", "tuned"), ("mine-base", "base"))
+        )
+    )
+    with served(create_app(models, page=False)) as url:
+        for asked, answered in (("mine", "mine"), ("mine-base", "mine-base"), ("default", "mine")):
+            answer = ask(url, model=asked).json()
+            assert (answer["model"], answer["choices"][0]["message"]["content"]) == (answered, answered)
+        assert ask(url, model="../mine").status_code == 404
+        kinds = [card["lorikeet"]["kind"] for card in httpx.get(f"{url}/v1/models").json()["data"]]
+        assert kinds == ["tuned", "base"]
+    with pytest.raises(UnknownModelError):
+        models.choose("mine-base ")
+    with pytest.raises(InputError, match="a name of its own"):
+        Models(models.default, models.default)
+
+
+def text_of(assistant: Assistant, question: str) -> str:
+    events = assistant.respond([Message("user", question)], search="off", max_tokens=12, temperature=0, seed=1)
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def test_a_killed_child_is_said_and_started_again() -> None:
+    engine = LlamaEngine(packaged_gguf(), context_tokens=256, restart=True)
+    assistant = Assistant(engine)
+    with served(create_app(serving(assistant), page=False)) as url:
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        os.kill(engine._process.pid, signal.SIGKILL)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        assert "-9" in httpx.get(f"{url}/health").json()["reason"]
+        refused = ask(url, max_tokens=2)
+        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200, timeout_s=30)
+        assert ask(url, max_tokens=2).status_code == 200
+    engine.close()
+    assert engine._process.poll() is not None
+    with pytest.raises(EngineDownError):
+        text_of(assistant, "Hello?")
+
+
+def test_a_file_that_was_changed_is_not_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="was changed"):
+        LlamaEngine(packaged_gguf(), sha256="0" * 64)
+
+
+def test_threads_end_with_their_requests(slow: Any) -> None:
+    url, queue, _ = slow
+    before = threading.active_count()
+    for _ in range(20):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]}, timeout=0.05
+            )
+    wait_until(lambda: (queue.waiting, queue.answering) == (0, 0))
+    assert threading.active_count() <= before + 12
