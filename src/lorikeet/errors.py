@@ -12,6 +12,33 @@
 `cli.main` turns each into its line on stderr and its exit code; `serve.http` maps them to responses.
 """
 
+from __future__ import annotations
+
+import errno
+
+NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "cannot allocate memory",
+    "failed to map segment",
+    "can't start new thread",
+    "Unable to create type object",
+)
+"""What torch, C++, the loader of libraries, Python's threads and pybind say when memory runs out: they have no exception for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether `error`, or one that it was raised from, means that memory ran out."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
+            return True
+        if isinstance(seen, RuntimeError | ImportError | SystemError) and any(text in str(seen) for text in NO_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
 
 class LorikeetError(Exception):
     """Root of every error that Lorikeet raises on purpose."""

@@ -37,9 +37,14 @@ def sha256_tree(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Say whether `error` means that the disk, or what may be used of it, is full."""
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 def disk_error(error: OSError, path: Path) -> Exception:
     """Return the MachineError for a full, read-only or failing disk; `error` itself if it is about something else."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if is_full(error):
         return MachineError(
             f"cannot write {path}: {error.strerror}; what was there is kept: free some space and try again"
         )
@@ -62,12 +67,17 @@ def require_disk(path: Path, needed_bytes: int, *, removable: Sequence[Path] = (
     parent = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
-        sizes = sorted(((size_bytes(file), file) for file in removable), reverse=True)
-        could = ", ".join(f"{file} ({size / 1e9:.1f} GB)" for size, file in sizes[:4] if size)
         raise MachineError(
             f"{parent} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed; free some or choose another disk"
-            + (f"; could go: {could}" if could else "")
+            + could_go(removable)
         )
+
+
+def could_go(removable: Sequence[Path]) -> str:
+    """Return the end of a message that names what of `removable` is there with its size, the largest first; '' for nothing."""
+    sizes = sorted(((size_bytes(file), file) for file in removable), reverse=True)
+    named = ", ".join(f"{file} ({size / 1e9:.1f} GB)" for size, file in sizes[:4] if size)
+    return f"; could go: {named}" if named else ""
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

@@ -19,8 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, MachineError
 from lorikeet.files import sha256_tree, write_atomic
+
+NO_LIMIT_BYTES = 1 << 62
+
+LIBRARIES_ADDRESS_BYTES = 2_000_000_000
+"""Addresses that torch, transformers and numba take with a model of no size; what they hold in memory is a quarter of it."""
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
 
@@ -40,11 +45,11 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 
 def free_bytes() -> int:
-    """Return the memory that this process may still take: the machine's or, if less, the container's.
+    """Return the memory that this process may still take: the machine's or, if less, the container's or its own limit's.
 
     Where the system does not say, it is more than any machine has.
     """
-    free = 1 << 62
+    free = free_address_bytes()
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text().splitlines())
@@ -56,6 +61,39 @@ def free_bytes() -> int:
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             free = min(free, max(0, int(text) - int(Path(used).read_text())))
     return free
+
+
+def free_address_bytes() -> int:
+    """Return how much address space this process may still take (`ulimit -v`); more than any machine has without a limit."""
+    try:
+        import resource
+    except ImportError:
+        return NO_LIMIT_BYTES  # Windows has none
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    status = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not status.is_file():
+        return NO_LIMIT_BYTES
+    return max(0, limit - int(status.read_text().split()[0]) * resource.getpagesize())
+
+
+def require_memory(needed_bytes: int, *, to: str, instead: str = "") -> None:
+    """Raise MachineError if less than `needed_bytes` of memory are free, before it runs out; `to` says what they are for."""
+    free = free_bytes()
+    if free < needed_bytes:
+        raise MachineError(
+            f"{free / 1e9:.1f} GB of memory are free and {to} takes {needed_bytes / 1e9:.1f} GB; close other programs"
+            + (f", or {instead}" if instead else "")
+        )
+
+
+def require_address_space() -> None:
+    """Raise MachineError if the libraries do not fit what `ulimit -v` leaves: some of them end the process without a word."""
+    free = free_address_bytes()
+    if free < LIBRARIES_ADDRESS_BYTES:
+        raise MachineError(
+            f"this process may take {free / 1e9:.1f} GB of addresses (ulimit -v), and the libraries alone take "
+            f"{LIBRARIES_ADDRESS_BYTES / 1e9:.1f} GB; raise the limit and try again"
+        )
 
 
 def environment() -> dict[str, Any]:

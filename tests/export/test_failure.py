@@ -19,6 +19,8 @@ import torch
 from filelock import FileLock
 from safetensors import safe_open
 
+from lorikeet import cli
+from lorikeet import run as running
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.errors import InputError, MachineError
 from lorikeet.export import merge as merging
@@ -90,28 +92,53 @@ def test_a_file_that_cannot_grow_leaves_what_was_there(run: RunFolder, limit_byt
     assert artefacts(run) == before
 
 
-@pytest.mark.parametrize("room_bytes", [400_000, 700_000])
-def test_a_full_disk_leaves_what_was_there(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_bytes: int
+def test_a_disk_that_is_full_at_any_phase_leaves_what_was_there(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    asked = ["--no-verify", "--quant", "f16,q4_k_m"]
+    assert cli.run(["export", str(run.root), *asked]) == 0
+    whole = {**artefacts(run), "data": sha256_tree(run.root / "data")}
+    used = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    for name in ("merged", "gguf"):
+        shutil.rmtree(run.root / name)
+    (run.root / "data" / "imatrix.gguf").unlink()
+    shutil.rmtree(tmp_path / "cache")
     disk = tmp_path / "disk"
     disk.mkdir()
-    size = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file()) + room_bytes
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+    room = sum(file.stat().st_size for file in run.root.rglob("*") if file.is_file()) + 100_000
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
         small = RunFolder(shutil.copytree(run.root, disk / "run"))
-        with pytest.raises(MachineError, match=r"free and .* are needed"):
-            require_disk(small.root, 1 << 30)
-        monkeypatch.setattr(stage, "require_disk", lambda *_, **__: None)
-        with pytest.raises(MachineError, match="No space left on device"):
-            export(small.root, ExportConfig(quant=("f16", "q8_0", "q6_k")))
-        assert not leftovers(small.root)
-        for name, entry in small.manifest()["artefacts"].items():
-            if entry.get("complete"):
-                small.verify(name)
+        monkeypatch.setenv("LORIKEET_CACHE", str(disk / "cache"))
+        with monkeypatch.context() as patched:
+            patched.setattr(stage, "require_disk", lambda *_, **__: None)
+            stopped_at = []
+            while code := cli.run(["export", str(small.root), *asked]):
+                (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorikeet:")]
+                assert code == 3
+                assert "what was there is kept: free some space" in line
+                assert f"could go: {small.root / 'checkpoints'}" in line
+                stopped_at.append(line.partition("cannot write ")[2].partition(": ")[0].rpartition("/")[2])
+                assert not leftovers(disk)
+                for name, entry in small.manifest()["artefacts"].items():
+                    assert entry["complete"]
+                    if (small.root / name).exists():
+                        small.verify(name)
+                room += 40_000
+                assert room < 4 * used, "it never fits"
+                subprocess.run(["mount", "-o", f"remount,size={room}", disk], check=True)
+        assert {"merged", "model-f16.gguf", "imatrix.gguf", "model-q4_k_m.gguf"} <= set(stopped_at)
+        assert {**artefacts(small), "data": sha256_tree(small.root / "data")} == whole
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_an_export_that_will_not_fit_writes_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "BYTES_PER_WEIGHT", dict.fromkeys(stage.BYTES_PER_WEIGHT, 1e12))
+    with pytest.raises(MachineError, match=r"free and .* are needed; .*could go: .*checkpoints"):
+        export(run.root, ONE)
+    assert not (run.root / "merged").exists()
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 46, dtype=torch.uint8), lambda: np.empty(1 << 46)])
@@ -127,6 +154,73 @@ def test_memory_that_runs_out_is_said_in_one_line(
     assert "\n" not in str(caught.value)
     assert artefacts(run) == before
     assert not leftovers(run.root)
+
+
+CHILD = """
+import os, resource, sys
+from lorikeet import cli
+from lorikeet import run as running
+from lorikeet.export import imatrix, stage
+
+owner, name = {"merge": (stage, "merge"), "write": (stage, "write_gguf"), "collect": (imatrix, "collect")}[sys.argv[1]]
+real = getattr(owner, name)
+
+def no_more_memory(*values, **named):
+    size_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size_bytes, size_bytes))
+    return real(*values, **named)
+
+setattr(owner, name, no_more_memory)
+sys.exit(cli.run(["export", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
+@pytest.mark.parametrize("phase", ["merge", "collect", "write"])
+def test_memory_that_runs_out_in_a_phase_ends_the_command_with_one_line(run: RunFolder, phase: str) -> None:
+    export(run.root, ONE)
+    before = artefacts(run)
+    again_merged(run)
+    if phase != "merge":
+        export(run.root, ExportConfig(formats=("merged",)))
+    command = [sys.executable, "-c", CHILD, phase, str(run.root), "--no-verify", "--quant", "q8_0,q4_0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith(str(run.root))]
+    assert done.returncode == 3, done.stderr
+    assert said[-1].startswith("lorikeet: out of memory while exporting")
+    assert "close other programs" in said[-1]
+    assert "Traceback" not in done.stderr
+    assert artefacts(run) == before
+    assert not leftovers(run.root.parent)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
+def test_too_little_address_space_is_said_before_the_libraries_are_loaded(run: RunFolder) -> None:
+    command = [sys.executable, "-c", "from lorikeet.cli import main; main()", "export", str(run.root)]
+    limit = 1_500_000_000
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert "the libraries alone take 2.0 GB; raise the limit" in line
+    assert not (run.root / "merged").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "free_bytes", lambda: 100_000)
+    with pytest.raises(MachineError, match=r"close other programs, or export with --strength 1$"):
+        export(run.root, ONE)
+    four = ExportConfig(quant=("q4_0",), strength="1")
+    with pytest.raises(MachineError, match=r"close other programs, or export with --no-imatrix$"):
+        export(run.root, four)
+    export(run.root, ExportConfig(quant=("q4_0",), strength="1", imatrix=False))
+    assert (run.root / "gguf" / "model-q4_0.gguf").is_file()
 
 
 def test_two_exports_of_one_run_exclude_each_other(run: RunFolder) -> None:

@@ -21,16 +21,24 @@ from lorikeet.card import write_card
 from lorikeet.config import ExportConfig, Quant
 from lorikeet.data.encode import encode_all
 from lorikeet.data.load import load_conversations
-from lorikeet.errors import InputError, MachineError
+from lorikeet.errors import InputError, MachineError, is_out_of_memory
 from lorikeet.export import imatrix, strength
 from lorikeet.export.gguf import namer, write_gguf
 from lorikeet.export.imatrix import Importance
 from lorikeet.export.merge import merge, tensors
 from lorikeet.export.mix import FILE_TYPES
 from lorikeet.export.modelfile import write_modelfile
-from lorikeet.files import atomic_file, atomic_folder, disk_error, remove_leftovers, require_disk
+from lorikeet.files import (
+    atomic_file,
+    atomic_folder,
+    could_go,
+    disk_error,
+    is_full,
+    remove_leftovers,
+    require_disk,
+)
 from lorikeet.prompt import PromptFormat
-from lorikeet.run import RunFolder
+from lorikeet.run import RunFolder, require_memory
 from lorikeet.weights import base_gguf_path, base_name, cache_folder, model_identity, resolve_model
 
 CALIBRATION = "data/calibration.jsonl"
@@ -44,7 +52,7 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     export is writing there, MachineError if disk or memory do not suffice; the artefacts that were there stay.
     """
     run = RunFolder.open(root)
-    with _alone(run), _within_memory(run):
+    with _alone(run), _with_remedies(run, config):
         for made in ("merged", "model-*.gguf", imatrix.FILE):
             remove_leftovers(root, of=made)
         return _export(run, config)
@@ -56,6 +64,8 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     run.verify("adapter")
     wanted = set(config.formats)
     base = _base(run)
+    if config.strength == "auto" and not run.manifest().get("strength"):
+        _require_memory(run, base, to="choosing the adapter's strength", instead="export with --strength 1")
     strength.settle(run, base, asked=config.strength)
     if not wanted & {"merged", "gguf"}:
         write_card(run)
@@ -112,13 +122,16 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def _within_memory(run: RunFolder) -> Iterator[None]:
-    """Turn what Python and torch raise when memory runs out into MachineError."""
+def _with_remedies(run: RunFolder, config: ExportConfig) -> Iterator[None]:
+    """Turn what is raised when memory runs out into MachineError, and let that of a full disk say what could go."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        # torch on the CPU has no exception of its own for this, only its allocator's name in the text
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+    except MachineError as error:
+        if not is_full(error.__cause__):
+            raise
+        raise MachineError(f"{error}{could_go(_removable(run, config.quant))}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise MachineError(
             f"out of memory while exporting {run.root}; what was there is kept: close other programs and export again"
@@ -127,6 +140,10 @@ def _within_memory(run: RunFolder) -> Iterator[None]:
 
 BYTES_PER_WEIGHT = {"f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.75, "q4_k_m": 0.67, "q4_0": 0.62}
 """Size of a GGUF over its weights, at most, for models whose embedding is a large part of them."""
+
+
+LOADED = 1.3
+"""What a model takes while it is asked, over its weights."""
 
 
 def _require_disk(run: RunFolder, base: Path, quants: Sequence[Quant]) -> None:
@@ -138,14 +155,26 @@ def _require_disk(run: RunFolder, base: Path, quants: Sequence[Quant]) -> None:
         BYTES_PER_WEIGHT[quant] for quant in quants if mine or not (run.root / f"gguf/model-{quant}.gguf").is_file()
     ]
     bases = [BYTES_PER_WEIGHT[quant] for quant in quants if not base_gguf_path(manifest, quant).is_file()]
-    others = [file for file in (run.root / "gguf").glob("*.gguf") if file.stem.removeprefix("model-") not in quants]
-    removable = [run.root / "checkpoints", *others, cache_folder() / "gguf"]
+    removable = _removable(run, quants)
     here, cache = int(weights * sum(mine)), int(weights * sum(bases))
     cache_folder().mkdir(parents=True, exist_ok=True)
     if run.root.stat().st_dev == cache_folder().stat().st_dev:
         here, cache = here + cache, 0
     require_disk(run.root, here, removable=removable)
     require_disk(cache_folder(), cache, removable=removable)
+
+
+def _removable(run: RunFolder, quants: Sequence[Quant]) -> list[Path]:
+    """Return what can be done without: checkpoints, files of types that were not asked for, bases in the cache."""
+    others = [file for file in (run.root / "gguf").glob("*.gguf") if file.stem.removeprefix("model-") not in quants]
+    return [run.root / "checkpoints", *others, cache_folder() / "gguf"]
+
+
+def _require_memory(run: RunFolder, model: Path, *, to: str, instead: str) -> None:
+    """Raise MachineError before a model is loaded that does not fit; merging and quantising never load one."""
+    weights = sum(math.prod(tensor.shape()) for tensor in tensors(model))
+    weight_bytes = 2 if run.manifest().get("dtype") == "bfloat16" else 4
+    require_memory(int(LOADED * weights * weight_bytes), to=to, instead=instead)
 
 
 def _is_merged(run: RunFolder) -> bool:
@@ -192,7 +221,7 @@ def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | 
         matrix = run.root / MATRIX
         known = {key: manifest["artefacts"].get(MATRIX, {}).get(key) for key in MADE_FROM} == made_from
         if not known or not matrix.is_file():
-            _collect(merged, run.root / "adapter", calibration, manifest, matrix)
+            _collect(run, merged, calibration, matrix)
             run.record(MATRIX, matrix, **made_from)
         importance = Importance.load(matrix)
     with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:
@@ -225,11 +254,11 @@ def _base_gguf(run: RunFolder, base: Path, adapter: Path, quant: Quant, calibrat
     with FileLock(path.with_name(".lock")):
         remove_leftovers(path.parent)
         if not path.is_file():
-            _write_base_gguf(path, manifest, base, adapter, quant, calibration)
+            _write_base_gguf(path, run, base, adapter, quant, calibration)
 
 
 def _write_base_gguf(
-    path: Path, manifest: dict[str, Any], base: Path, adapter: Path, quant: Quant, calibration: Path | None
+    path: Path, run: RunFolder, base: Path, adapter: Path, quant: Quant, calibration: Path | None
 ) -> None:
     if not (adapter / "tokenizer.json").is_file():
         raise InputError(f"{adapter} has no tokenizer; tune again")
@@ -237,30 +266,33 @@ def _write_base_gguf(
     if calibration:
         matrix = path.with_name(imatrix.FILE)
         if not matrix.is_file():
-            _collect(base, adapter, calibration, manifest, matrix)
+            _collect(run, base, calibration, matrix)
         importance = Importance.load(matrix)
     with _report(f"writing the base as {quant}", path) as progress, atomic_file(path) as beside:
         write_gguf(
             base,
             beside,
             quant=quant,
-            name=manifest["base"]["id"],
+            name=run.manifest()["base"]["id"],
             vocabulary=adapter,
             importance=importance,
             progress=progress,
         )
 
 
-def _collect(model: Path, adapter: Path, calibration: Path, manifest: dict[str, Any], out: Path) -> None:
+def _collect(run: RunFolder, model: Path, calibration: Path, out: Path) -> None:
     """Write the importance matrix of a model on the run's training conversations, in the run's prompt format, to `out`."""
+    _require_memory(run, model, to="collecting the importance matrix", instead="export with --no-imatrix")
     conversations = load_conversations(str(calibration)).conversations
-    rows = encode_all(PromptFormat.load(adapter), conversations, max_length=imatrix.MAX_LENGTH, on_long="truncate").rows
+    rows = encode_all(
+        PromptFormat.load(run.root / "adapter"), conversations, max_length=imatrix.MAX_LENGTH, on_long="truncate"
+    ).rows
     with _report("collecting the importance matrix", out) as progress, atomic_file(out) as beside:
         found = imatrix.collect(
             model,
             [row.ids for row in rows],
             name_of=namer(model),
-            dtype=manifest.get("dtype", "float32"),
+            dtype=run.manifest().get("dtype", "float32"),
             progress=progress,
         )
         found.save(beside, dataset=calibration.name)
