@@ -200,7 +200,7 @@ def _span(schema: dict[str, Any], low: str, high: str, place: str, *, least: int
             raise _wrong(f"{place}/{name}", f"must be a whole number from {least} to {most}")
     if low in schema and high in schema and schema[low] > schema[high]:
         raise _wrong(f"{place}/{low}", f"is above {high}")
-    return max(1, schema.get(high, schema.get(low, 1)))
+    return max(1, int(schema.get(high, schema.get(low, 1))))
 
 
 def _only(words: set[str], known: set[str], place: str) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -27,10 +28,12 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from lorikeet.answer_schema import check_answer_schema
+from lorikeet.completion import AnswerReader, error_text, read_events
 from lorikeet.errors import EngineError, InputError, LorikeetError, MissingExtraError, RequestError
 from lorikeet.files import sha256_file
 from lorikeet.gguf_header import Header, read_header
-from lorikeet.messages import Delta, Message, Usage
+from lorikeet.messages import AnswerOptions, Delta, Message
 from lorikeet.prompt import defuse
 
 START_TIMEOUT_S = 120.0
@@ -49,6 +52,10 @@ class EngineDownError(EngineError):
     """The engine's process has ended; where it is supervised, it is being started again."""
 
 
+class EngineBusyError(EngineError):
+    """A remote engine has too much to do, or its owner has asked too often."""
+
+
 class Engine(Protocol):
     """What answers a conversation."""
 
@@ -63,6 +70,7 @@ class Engine(Protocol):
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        options: AnswerOptions | None = None,
     ) -> Generator[Delta, None, None]:
         """Yield the answer in whole characters; the last delta has the finish reason and the usage.
 
@@ -91,6 +99,8 @@ class HttpEngine:
         """Talk to `url` (with or without `/v1`) and ask for the model `name`; messages cannot contain `specials`."""
         self.name = name
         self._specials = tuple(specials)
+        self._is_llama_server = False
+        """Whether it knows llama-server's own fields."""
         self._http = _client(url, api_key)
 
     @classmethod
@@ -100,7 +110,8 @@ class HttpEngine:
         try:
             listed = engine.get("/v1/models")["data"]
             engine.name = str(listed[0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
+            engine._is_llama_server = listed[0].get("owned_by") == "llamacpp"
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise EngineError(f"{url} lists no model at /v1/models; is it an OpenAI-compatible server?") from error
         return engine
 
@@ -144,11 +155,14 @@ class HttpEngine:
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        options: AnswerOptions | None = None,
     ) -> Generator[Delta, None, None]:
         """Yield the answer; see `Engine.stream`."""
+        options = options or AnswerOptions()
+        self._check_request(messages, options)
         body: dict[str, Any] = {
             "model": self.name,
-            "messages": [{**m.as_dict(), "content": defuse(m.content, self._specials)} for m in messages],
+            "messages": self._defused([message.as_dict() for message in messages]),
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
@@ -156,51 +170,50 @@ class HttpEngine:
             "stream_options": {"include_usage": True},
         }
         if seed is not None:
-            body |= {"seed": seed, "cache_prompt": False}
+            body |= {"seed": seed} | ({"cache_prompt": False} if self._is_llama_server else {})
         if stop:
             body["stop"] = list(stop)
-        yield from self._deltas(body)
+        body |= self._defused(options.fields())
+        yield from self._deltas(body, AnswerReader(top_logprobs=options.top_logprobs))
 
-    def _deltas(self, body: dict[str, Any]) -> Generator[Delta, None, None]:
-        finish: Any = None
-        usage: Usage | None = None
+    def _check_request(self, messages: Sequence[Message], options: AnswerOptions) -> None:
+        """Raise RequestError for what this engine would not do; a remote one says so itself."""
+
+    def _defused(self, value: Any) -> Any:
+        """Return a JSON value in which no text contains a special token."""
+        if isinstance(value, str):
+            return defuse(value, self._specials)
+        if isinstance(value, dict):
+            return {name: self._defused(item) for name, item in value.items()}
+        return [self._defused(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _deltas(self, body: dict[str, Any], reader: AnswerReader) -> Generator[Delta, None, None]:
         with self._failures(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
+            if not response.is_success:
                 response.read()
                 self._raise(response)
-            for line in response.iter_lines():
-                if line.startswith(":"):
-                    yield Delta("")  # still reading the prompt: whoever asked may have left meanwhile
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise EngineError(f"the engine failed: {_error_text(event)}")
-                if event.get("usage"):
-                    usage = Usage(event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"])
-                for choice in event.get("choices", ()):
-                    finish = choice.get("finish_reason") or finish
-                    text = choice["delta"].get("content")
-                    if text:
-                        yield Delta(text)
-        if finish is None:
-            raise EngineError("the engine stopped in the middle of an answer; ask again")
-        yield Delta("", "length" if finish == "length" else "stop", usage)
+            for event in read_events(response):
+                yield from reader.read(event)
+        yield reader.last()
 
     def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
         with self._failures():
             response = self._http.request(method, route, json=body)
-            if response.is_error:
+            if not response.is_success:
                 self._raise(response)
             return response.json()
 
     def _raise(self, response: httpx.Response) -> None:
         try:
-            text = _error_text(response.json())
+            text = error_text(response.json())
         except ValueError:
             text = response.text[:200]
         if response.status_code in {400, 404, 413, 422}:
             raise RequestError(text)
+        if response.status_code in {401, 403}:
+            raise EngineError(f"the engine refused the key ({text}); set OPENAI_API_KEY to one that it takes")
+        if response.status_code in {429, 503}:
+            raise EngineBusyError(f"the engine is busy ({text}); ask again later")
         raise EngineError(f"the engine answered {response.status_code}: {text}")
 
     @contextmanager
@@ -252,6 +265,7 @@ class LlamaEngine(HttpEngine):
         key = secrets.token_hex(32)
         self._process, self._log, port = _start_child({**self._settings, "key": key}, gguf)
         super().__init__(f"http://127.0.0.1:{port}", name=name or gguf.stem, api_key=key, specials=specials)
+        self._is_llama_server = True
         self._supervisor = threading.Thread(target=self._supervise, name="engine supervisor", daemon=True)
         if restart:
             self._supervisor.start()
@@ -317,6 +331,20 @@ class LlamaEngine(HttpEngine):
         self._down = ""
         _log.warning("engine: %s answers again", self.path.name)
 
+    def _check_request(self, messages: Sequence[Message], options: AnswerOptions) -> None:
+        """Raise RequestError for what llama.cpp would silently leave undone."""
+        check_answer_schema(options.response_format)
+        called = any(message.tool_calls or message.role == "tool" for message in messages)
+        if (called or (options.tools and options.tool_choice != "none")) and not self._knows_tools:
+            raise RequestError(
+                "tools: this model's chat template knows none; leave them out, or serve a model that does"
+            )
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the file's template has a place for tools; llama-server drops them in silence otherwise."""
+        return bool(self.get("/props").get("chat_template_caps", {}).get("supports_tools"))
+
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's ids for a rendered prompt, its special tokens parsed and its BOS added as when serving."""
         ids: list[int] = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
@@ -324,7 +352,7 @@ class LlamaEngine(HttpEngine):
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the text that the file's own template gives for `messages`, ready for the answer."""
-        rows = [{**m.as_dict(), "content": defuse(m.content, self._specials)} for m in messages]
+        rows = self._defused([message.as_dict() for message in messages])
         text: str = self.post("/apply-template", {"messages": rows})["prompt"]
         return text
 
@@ -374,11 +402,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe:
             pipe.close()
-
-
-def _error_text(answer: Any) -> str:
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 class _Log:

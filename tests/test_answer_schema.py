@@ -1,0 +1,106 @@
+"""Schemas: those that are enforced pass, those that llama.cpp ignores, hangs on or dies of never reach it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from lorikeet.answer_schema import MAX_DEPTH, check_answer_schema
+from lorikeet.errors import RequestError
+
+TEXT = {"type": "string"}
+TREE = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}},
+    "required": ["value", "next"],
+    "additionalProperties": False,
+}
+
+
+def check(schema: Any) -> None:
+    check_answer_schema({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"title": "City", **TEXT, "minLength": 1, "maxLength": 40},
+        {"type": ["string", "null"]},
+        {"enum": ["a", 1, None]},
+        {"type": "string", "const": "a"},
+        {"type": "integer", "minimum": -3, "maximum": 17},
+        {"type": "array", "items": {"type": "array", "items": TEXT, "maxItems": 9}, "minItems": 1, "maxItems": 9},
+        {"type": "array", "prefixItems": [TEXT, {"type": "boolean"}]},
+        {"type": "object", "properties": {"a": TEXT}, "additionalProperties": {"type": "number"}},
+        {**TEXT, "pattern": "^[a-z]{2,3}-(en|de)$"},
+        {**TEXT, "format": "date"},
+        {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
+    ],
+)
+def test_what_can_be_enforced_passes(schema: Any) -> None:
+    check(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ([], "/ is no schema"),
+        (True, "/ is no schema"),
+        ({"type": "foo"}, "/type must be"),
+        ({"type": ["string", "integer"]}, "/type must be"),
+        ({"not": TEXT}, "/type must be"),
+        ({"type": "number", "minimum": 3}, "/minimum cannot be enforced"),
+        ({"type": "integer", "multipleOf": 3}, "/multipleOf cannot be enforced"),
+        ({"type": "integer", "minimum": -(10**30)}, "/minimum must be a whole number"),
+        ({"anyOf": [TEXT], "type": "string"}, "/type cannot be enforced"),
+        ({"allOf": [TEXT]}, "/type must be"),
+        ({"enum": []}, "/enum must be"),
+        ({"enum": list(range(5000))}, "/enum must be"),
+        ({"type": "object", "properties": 3}, "/properties must be"),
+        ({"type": "object", "properties": {"a": TEXT}, "required": "a"}, "/required must be"),
+        ({"type": "object", "properties": {f"p{n}": TEXT for n in range(300)}}, "/properties has more than"),
+        ({"type": "object", "properties": {"a": {"type": "x"}}}, "/properties/a/type must be"),
+        ({"type": "array", "items": TEXT, "minItems": 5, "maxItems": 2}, "/minItems is above"),
+        ({"type": "array", "items": TEXT, "minItems": -1}, "/minItems must be"),
+        ({"type": "array", "items": {**TEXT, "maxLength": 999}, "maxItems": 999}, "/items repeats too much"),
+        ({**TEXT, "pattern": "(a"}, "/pattern must begin"),
+        ({**TEXT, "pattern": "^(a$"}, "/pattern is no regular expression"),
+        ({**TEXT, "pattern": r"^\d+$"}, "/pattern must begin"),
+        ({**TEXT, "format": "email"}, "/format must be"),
+        ({"$ref": "https://example.com/x.json"}, "/$ref must be"),
+        ({"$ref": "#/$defs/none"}, "/$ref leads nowhere"),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "leads back"),
+        ({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, TEXT]}}, "$ref": "#/$defs/a"}, "leads back"),
+    ],
+)
+def test_what_cannot_is_refused_by_its_place(schema: Any, place: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check(schema)
+    assert str(caught.value).startswith("response_format: schema ")
+    assert place in str(caught.value)
+
+
+def test_a_deep_or_wide_schema_is_refused_at_once() -> None:
+    deep: Any = TEXT
+    for _ in range(MAX_DEPTH + 1):
+        deep = {"anyOf": [deep]}
+    wide = {
+        "type": "object",
+        "properties": {f"p{n}": TEXT for n in range(5000)},
+        "required": [f"p{n}" for n in range(5000)],
+    }
+    began_s = time.monotonic()
+    for schema in (deep, wide):
+        with pytest.raises(RequestError, match="too large"):
+            check(schema)
+    assert time.monotonic() - began_s < 2
+
+
+def test_other_formats_are_not_looked_at() -> None:
+    check_answer_schema(None)
+    check_answer_schema({"type": "json_object"})
+    with pytest.raises(RequestError, match="is missing"):
+        check_answer_schema({"type": "json_schema", "json_schema": {"name": "x"}})
