@@ -57,6 +57,8 @@ class Message:
     """The functions that an assistant's turn calls."""
     tool_call_id: str = ""
     """The call that a tool's turn is the result of."""
+    supervised: bool = True
+    """Whether an assistant's turn is learned from; one that is not is context (`"weight": 0` in a file)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return `{"role", "content"}`, the form that chat templates and OpenAI's API take, with calls if there are any."""

@@ -114,7 +114,7 @@ class PromptFormat:
         ids, spans = self._tokenize(text)
         supervised = [False] * len(ids)
         for index, message in enumerate(messages):
-            if message.role == "assistant":
+            if message.role == "assistant" and message.supervised:
                 first, last = self._answer_span(messages, index, text, conversation.origin)
                 limit = self._turn_end(messages, index, text, last)
                 self._mark(ids, spans, supervised, first=first, last=last, limit=limit)

@@ -166,3 +166,39 @@ def test_the_optional_files_load(shared: Path) -> None:
     ):
         loaded = load_conversations(str(shared / "chat" / name))
         assert (loaded.layout, len(loaded.conversations), loaded.broken) == (layout, count, [])
+
+
+PROMPT = [
+    {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "When?"},
+]  # fmt: skip
+CHOSEN, REJECTED = {"role": "assistant", "content": "At nine."}, {"role": "assistant", "content": "Never."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "chosen": [CHOSEN], "rejected": [REJECTED]},
+        {"chosen": [*PROMPT, CHOSEN], "rejected": [*PROMPT, REJECTED]},
+        {"prompt": "When?", "chosen": [*PROMPT, CHOSEN], "rejected": [*PROMPT, REJECTED]},
+    ],
+)
+def test_preference_rows_train_on_the_chosen_answer_alone(tmp_path: Path, row: dict[str, Any]) -> None:
+    loaded = load_conversations(str(save(tmp_path / "pairs.jsonl", [row])))
+    (conversation,) = loaded.conversations
+    assert loaded.layout == "preference"
+    assert [m.content for m in conversation.messages] == ["hi", "yes?", "When?", "At nine."]
+    assert [m.supervised for m in conversation.messages if m.role == "assistant"] == [False, True]
+
+
+def test_a_turn_of_weight_0_is_context(tmp_path: Path) -> None:
+    from lorikeet.prompt import PromptFormat
+    from tests.conftest import make_tokenizer
+
+    rows = [{"messages": [*PROMPT[:1], {**PROMPT[1], "weight": 0}, *PROMPT[2:], CHOSEN]}]
+    (conversation,) = load_conversations(str(save(tmp_path / "weighed.jsonl", rows))).conversations
+    tokenizer = make_tokenizer()
+    row = PromptFormat(tokenizer).encode(conversation)
+    learned = [token for token, counted in zip(row.ids, row.supervised, strict=True) if counted]
+    assert tokenizer.decode(learned).strip() == "At nine.<|im_end|>"
+    with pytest.raises(InputError, match="weight 0"):
+        load_conversations(str(save(tmp_path / "none.jsonl", [{"messages": rows[0]["messages"][:2]}])))

@@ -1,4 +1,4 @@
-"""Files -> conversations: `messages`, ShareGPT and Alpaca rows in JSON, JSONL, Parquet or CSV, told apart by themselves.
+"""Files -> conversations: `messages`, ShareGPT, Alpaca and preference rows in JSON, JSONL, Parquet or CSV, told apart by themselves.
 
     loaded = load_conversations("spoken")
     loaded = load_conversations("mine.jsonl")      # loaded.conversations, loaded.broken, loaded.layout
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ BROKEN_SHARE = 0.01
 
 MAX_ROW_BYTES = 8 << 20
 """A longer line or CSV field is broken: no conversation is eight megabytes."""
+
+PREFERENCE = "preference"
+"""The layout of rows with `chosen` and `rejected` answers; the chosen ones are learned from."""
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -58,7 +61,7 @@ class Loaded:
 
     conversations: list[Conversation]
     layout: str
-    """`messages`, `sharegpt`, `alpaca`, or several joined by `+`."""
+    """`messages`, `sharegpt`, `alpaca`, `preference`, or several joined by `+`."""
     files: list[Path]
     broken: list[Broken] = field(default_factory=list)
 
@@ -105,7 +108,7 @@ def _check(name: str, conversations: list[Conversation], broken: list[Broken]) -
         first = broken[0]
         raise InputError(
             f"{first.where}: {first.why} ({len(broken)} of {total} rows are broken, more than 1 %); "
-            "mend them: a row holds messages, conversations (ShareGPT) or instruction and output (Alpaca)"
+            "mend them: a row holds messages, conversations (ShareGPT), instruction and output (Alpaca) or prompt, chosen and rejected"
         )
 
 
@@ -264,6 +267,8 @@ def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
             if layout == "messages" and "from" in row[key][0]:
                 layout = "sharegpt"
             return layout, _checked(messages, where, row)
+    if "chosen" in row and "rejected" in row:
+        return PREFERENCE, _checked(_chosen(row), where, row)
     if "instruction" in row and "output" in row:
         return "alpaca", _checked(_alpaca(row), where, row)
     raise _RowError(
@@ -282,7 +287,8 @@ def _turns(turns: list[Any]) -> list[Message]:
         content = turn.get("content", turn.get("value"))
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise _RowError(f"turn {number} has the role {name!r}; known are system, user and assistant")
-        messages.append(Message(ROLES[name.lower()], _text(content, number), _sources(turn.get("sources"), number)))
+        message = Message(ROLES[name.lower()], _text(content, number), _sources(turn.get("sources"), number))
+        messages.append(replace(message, supervised=turn.get("weight") != 0))
     return messages
 
 
@@ -309,6 +315,30 @@ def _sources(sources: Any, number: int) -> tuple[Source, ...]:
         raise _RowError(f"turn {number} has sources without title, url and snippet") from error
 
 
+def _chosen(row: dict[str, Any]) -> list[Message]:
+    """Return a preference row's prompt and chosen answer, which alone is learned from.
+
+    Without a prompt, or where `chosen` repeats it, the turns that `chosen` and `rejected` share are the prompt.
+    """
+    prompt, chosen, rejected = (_as_turns(row, name) for name in ("prompt", "chosen", "rejected"))
+    if not chosen:
+        raise _RowError("has no chosen answer")
+    if not prompt or chosen[0].role != "assistant":
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen = chosen[:shared], chosen[shared:]
+    return [*(replace(message, supervised=False) for message in prompt), *chosen]
+
+
+def _as_turns(row: dict[str, Any], name: str) -> list[Message]:
+    """Return a preference row's field, a list of turns or a text alone, as turns."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return [Message("user" if name == "prompt" else "assistant", _text(value, 1))]
+    return _turns(value) if isinstance(value, list) and value else []
+
+
 def _alpaca(row: dict[str, Any]) -> list[Message]:
     texts = {key: _text(row.get(key) or "", 1) for key in ("system", "instruction", "input")}
     question = "\n\n".join(part for part in (texts["instruction"], texts["input"]) if part.strip())
@@ -322,6 +352,8 @@ def _checked(messages: list[Message], where: str, row: dict[str, Any]) -> Conver
         messages.pop()
     if not messages:
         raise _RowError("has no assistant turn to learn from")
+    if not any(message.supervised for message in messages if message.role == "assistant"):
+        raise _RowError("has only assistant turns of weight 0, which are not learned from")
     for number, message in enumerate(messages, start=1):
         if not message.content.strip() and message.role != "system":
             raise _RowError(f"turn {number} ({message.role}) is empty")

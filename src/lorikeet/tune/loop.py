@@ -31,10 +31,10 @@ from lorikeet.config import TuneConfig
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all
 from lorikeet.data.inspect import inspect_data, write_page
-from lorikeet.data.load import Loaded, load_conversations
+from lorikeet.data.load import PREFERENCE, Loaded, load_conversations
 from lorikeet.errors import InputError, Interrupted, MachineError
 from lorikeet.files import atomic_file, atomic_folder, remove_leftovers, sha256_file, sha256_text, write_atomic
-from lorikeet.messages import Conversation
+from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat, freeze_dates
 from lorikeet.run import RunFolder, resident_bytes
 from lorikeet.tune import checkpoint
@@ -239,6 +239,8 @@ def _read(config: TuneConfig) -> Inputs:
         f"{len(loaded.conversations) - len(distinct)} repeated, {len(loaded.broken)} broken; "
         f"{len(parts.train)} to train, {len(parts.validation)} to validate, {len(parts.heldout)} held out"
     )
+    if PREFERENCE in loaded.layout:
+        _say("preference rows train on their chosen answers; the rejected ones are not used")
     for broken in loaded.broken[:3]:
         _say(f"left out {broken.where}: {broken.why}")
     return Inputs(base_folder, prompt, loaded, parts)
@@ -276,10 +278,14 @@ def _encode(config: TuneConfig, inputs: Inputs, part: list[Conversation]) -> Enc
     return encoding
 
 
+def _row(message: Message) -> dict[str, Any]:
+    return message.as_dict() if message.supervised else {**message.as_dict(), "weight": 0}
+
+
 def _write_part(run: RunFolder, name: str, conversations: list[Conversation], system_prompt: str) -> None:
     """Keep conversations as they will be prompted, for the stages that follow."""
     lines = [
-        json.dumps({"id": c.origin, "messages": [m.as_dict() for m in c.with_system(system_prompt).messages]})
+        json.dumps({"id": c.origin, "messages": [_row(m) for m in c.with_system(system_prompt).messages]})
         for c in conversations
     ]
     write_atomic(run.root / name, "\n".join(lines) + "\n")
