@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from websockets.sync.client import connect
 from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
+from lorikeet.serve.memory import Memory
 from lorikeet.serve.voice import realtime
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Transcript, Voice
 from lorikeet.speech.audio import encode_pcm16, resample, trim_start
@@ -116,8 +118,8 @@ class Talker:
 
 @contextmanager
 def talking(engine: Any, *, ears: Ears | None, voice: Voice | None, **session: Any) -> Iterator[Talker]:
-    provider = session.pop("provider", None)
-    assistant = Assistant(engine, system_prompt="Be brief.", provider=provider)
+    provider, memory = session.pop("provider", None), session.pop("memory", None)
+    assistant = Assistant(engine, system_prompt="Be brief.", provider=provider, memory=memory)
     app = create_app(serving(assistant, "parrot"), ears=ears, voice=voice, page=False)
     with served(app) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
@@ -518,3 +520,99 @@ def test_an_answer_asked_for_in_the_middle_of_a_turn_does_not_lose_the_turn(ears
 def test_the_detector_sees_speech_in_the_stand_in(voice: Voice) -> None:
     samples = resample(say(voice, "Please tell me a long story."), RATE_HZ, HEARING_HZ)
     assert load_vad().voiced_frames(samples).mean() > 0.7
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    with Memory.open(tmp_path / "memory.db") as opened:
+        yield opened
+
+
+def remembered(memory: Memory, talker: Talker) -> list[dict[str, Any]]:
+    """Return the turns that are kept of the talker's conversation."""
+    response = talker.events("response.created")[-1].response
+    conversation = memory.conversation(response.conversation_id)
+    return conversation["turns"] if conversation else []
+
+
+def test_a_spoken_turn_is_kept_with_its_transcript_and_can_be_rated(ears: Ears, voice: Voice, memory: Memory) -> None:
+    engine = ScriptedEngine("Paris ", "is ", "the capital.")
+    with talking(engine, ears=ears, voice=voice, memory=memory) as talker:
+        for _ in range(2):
+            talker.play(silence(300), say(voice, "What is the capital of France?"), silence(900))
+            done = talker.wait("response.done").response
+        heard = talker.events("conversation.item.input_audio_transcription.completed")[0].transcript
+        first, second = remembered(memory, talker)
+        assert (first["question"], first["answer"], first["outcome"]) == (heard, "Paris is the capital.", "stop")
+        assert first["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": heard}]
+        assert list(first["timings_ms"]) == ["endpoint", "transcript", "first_token", "first_clause", "first_audio"]
+        assert second["id"] == done.id
+        feedback = {"id": done.id, "rating": "up"}
+        assert httpx.post(f"{talker.url}/v1/feedback", json=feedback).status_code == 200  # type: ignore[attr-defined]
+        assert remembered(memory, talker)[1]["feedback"]["rating"] == "up"
+        assert memory.conversation(done.conversation_id)["channel"] == "voice"  # type: ignore[index]
+
+
+def test_of_an_interrupted_answer_what_was_heard_is_kept(ears: Ears, voice: Voice, memory: Memory) -> None:
+    engine = ScriptedEngine(*LONG)
+    with talking(engine, ears=ears, voice=voice, memory=memory) as talker:
+        talker.play(say(voice, "Please tell me a long story."), silence(800))
+        talker.wait("response.output_audio.delta")
+        talker.play(silence(2200))
+        engine.pieces = ("Alright.",)
+        talker.play(say(voice, "Stop that now, thank you."), silence(900))
+        cut = talker.wait("response.done").response
+        turn = remembered(memory, talker)[0]
+        assert (turn["id"], turn["outcome"]) == (cut.id, "interrupted")
+        assert turn["answer"] == cut.output[0].content[0].transcript
+        assert 0 < len(turn["answer"]) < len("".join(LONG)) * 0.8
+        talker.connection.conversation.item.truncate(item_id=cut.output[0].id, content_index=0, audio_end_ms=600)
+        talker.wait("conversation.item.truncated", audio_end_ms=600)
+        shorter = remembered(memory, talker)[0]["answer"]
+        assert 0 < len(shorter) < len(turn["answer"])
+        assert turn["answer"].startswith(shorter)
+
+
+def test_a_turn_that_was_taken_back_and_an_answer_outside_the_conversation_are_not_kept(
+    ears: Ears, voice: Voice, memory: Memory
+) -> None:
+    engine = ScriptedEngine(*LONG)
+    first, second = say(voice, "Please tell me about parrots."), say(voice, "And about their colors.")
+    with talking(engine, ears=ears, voice=voice, memory=memory) as talker:
+        talker.play(first, silence(850), second, silence(1000))
+        talker.wait("conversation.item.deleted")
+        talker.wait("response.output_audio.delta")
+        assert remembered(memory, talker) == []
+        talker.connection.response.cancel()
+        talker.wait("response.done")
+        # What was heard of it by now is kept, with the whole question; it may be nothing.
+        assert all("color" in turn["question"] or "colour" in turn["question"] for turn in remembered(memory, talker))
+        kept = memory.kept_turns
+        create(talker, "user", "Another thing.")
+        talker.connection.response.create(response={"conversation": "none", "output_modalities": ["text"]})
+        talker.wait("response.done")
+        assert memory.kept_turns == kept
+
+
+def test_of_an_answer_that_failed_while_it_was_spoken_what_was_heard_is_kept(ears: Ears, memory: Memory) -> None:
+    engine = ScriptedEngine("One two three. ", "Four five six. ", "<fail>")
+    with talking(engine, ears=ears, voice=None, memory=memory) as talker:
+        create(talker, "user", "Count.")
+        talker.connection.response.create()
+        assert talker.wait("response.done").response.status == "failed"
+        (turn,) = remembered(memory, talker)
+        assert (turn["question"], turn["answer"]) == ("Count.", "One two three. Four five six. ")
+        assert turn["outcome"] == "failed"
+        assert "first_token" in turn["timings_ms"]
+
+
+def test_without_a_memory_nothing_is_kept(ears: Ears, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Memory, "keep", lambda self, note: given.append(note))
+    with talking(ScriptedEngine("Fine."), ears=ears, voice=None) as talker:
+        create(talker, "user", "Hi.")
+        talker.connection.response.create()
+        talker.wait("response.done")
+        assert given == []
+        note_it = {"id": talker.events("response.done")[0].response.id, "rating": "up"}
+        assert httpx.post(f"{talker.url}/v1/feedback", json=note_it).status_code == 404  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Message, Usage
 from lorikeet.serve.assistant import Assistant, Done, Found, Search, SearchFailed, Searching, Text, Waiting
+from lorikeet.serve.note import Note
 from lorikeet.speech import Ears, Samples, Transcript, Voice
 from lorikeet.speech.audio import resample, trim_start
 from lorikeet.speech.clauses import ClauseSplitter
@@ -49,6 +50,8 @@ class Job:
     """Whether the answer is spoken."""
     search: Search = "off"
     max_tokens: int | None = None
+    note: Note | None = None
+    """Filled in as the answer goes on; whoever knows what was heard of it keeps it."""
     confirmed: threading.Event = field(default_factory=threading.Event)
     """Set when the turn is known to be over. Only then is the web asked: half a sentence is nobody's business."""
 
@@ -178,7 +181,9 @@ class Mind:
 
     def _answer(self, job: Job, history: tuple[Message, ...]) -> Iterator[Thought]:
         clauses = ClauseSplitter()
-        answer = self._assistant.respond(history, search=job.search, max_tokens=job.max_tokens, urgent=True)
+        answer = self._assistant.respond(
+            history, search=job.search, max_tokens=job.max_tokens, note=job.note, urgent=True
+        )
         with closing(answer) as events:
             for event in events:
                 if isinstance(event, Text):
@@ -192,7 +197,7 @@ class Mind:
                 elif isinstance(event, Waiting):
                     if self._is_void(job):
                         return
-                else:
+                elif isinstance(event, Searching | Found | SearchFailed):
                     yield Looked(job.generation, event)
                     if isinstance(event, Searching) and not self._is_confirmed(job):
                         return

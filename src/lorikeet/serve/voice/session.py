@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ import numpy as np
 from lorikeet.errors import InputError
 from lorikeet.messages import Message
 from lorikeet.serve.assistant import Assistant, Found, Searching
+from lorikeet.serve.note import Note, Outcome
 from lorikeet.serve.voice import wire
 from lorikeet.serve.voice.mind import SPEAKING_HZ, Failed, Finished, Heard, Job, Looked, Mind, Said, Thought, Wrote
 from lorikeet.serve.voice.settings import SessionSettings
@@ -108,6 +109,8 @@ class Item:
     status: str = "completed"
     clauses: list[tuple[str, float]] = field(default_factory=list)
     """Of a spoken answer: each clause with the milliseconds of its sound."""
+    note: Note | None = None
+    """Of an answer that was given to the memory: what was given."""
 
     def fields(self) -> dict[str, Any]:
         """Return it as the API shows it."""
@@ -143,10 +146,12 @@ class Reply:
     job: Job
     options: wire.ResponseFields
     item: Item
-    id: str = field(default_factory=lambda: new_id("resp"))
+    id: str
     speaks: bool = True
     kept: bool = True
     """Whether it becomes part of the conversation."""
+    retracted: bool = False
+    """Whether it answers a turn that was not over; then nothing is remembered of it."""
     shown: bool = False
     """Whether the client knows of it."""
     text: str = ""
@@ -162,6 +167,12 @@ class Reply:
     finished: Finished | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     """When each stage of the turn was reached."""
+
+    @property
+    def heard_ms(self) -> float:
+        """How much of its sound was played by now."""
+        ahead_ms = max(0.0, self.played_until_s - time.monotonic()) * 1000
+        return max(0.0, self.sent_ms - ahead_ms)
 
 
 @dataclass(slots=True)
@@ -443,6 +454,8 @@ class Session:
         if self._reply and self._reply.item is item:
             self._interrupt("client_cancelled", heard_ms=event.audio_end_ms, tells=False)
         item.text = item.heard_text(event.audio_end_ms)
+        if item.note and item.note.answer != item.text:
+            self._remember(item, replace(item.note, answer=item.text, outcome="interrupted"))
         self._tell_truncated(item, event.audio_end_ms)
 
     def _tell_truncated(self, item: Item, heard_ms: float) -> None:
@@ -550,6 +563,7 @@ class Session:
         """Take back a turn that ended too early, with its answer: the speaker goes on."""
         reply = turn.reply
         if reply and reply is self._reply and reply.shown:
+            reply.retracted = True
             self._interrupt("turn_detected")
             if reply.item in self._items:
                 self._delete(reply.item)
@@ -628,7 +642,7 @@ class Session:
         modality = (options.output_modalities or self._settings.modalities)[0]
         speaks = modality == "audio" and self._parts.voice is not None
         limit = options.max_output_tokens or self._settings.max_output_tokens
-        generation = self._mind.begin()
+        generation, response_id = self._mind.begin(), new_id("resp")
         job = Job(
             generation=generation,
             item_id=item_id,
@@ -637,9 +651,11 @@ class Session:
             speaks=speaks,
             search=self._settings.search,
             max_tokens=limit if isinstance(limit, int) else None,
+            note=Note(id=response_id, channel="voice", conversation_id=self._settings.conversation_id, deferred=True),
         )
         item = Item(new_id("item"), "assistant", "output_audio" if speaks else "output_text", status="in_progress")
-        return Reply(generation, job, options, item, speaks=speaks, kept=options.conversation != "none")
+        kept = options.conversation != "none"
+        return Reply(generation, job, options, item, response_id, speaks=speaks, kept=kept)
 
     def _show(self, reply: Reply) -> None:
         """Tell the client of an answer; what is ready of it is sent at once."""
@@ -840,8 +856,7 @@ class Session:
         if reply is None:
             return
         self._mind.begin()
-        ahead_ms = max(0.0, reply.played_until_s - time.monotonic()) * 1000
-        heard_ms = max(0.0, reply.sent_ms - ahead_ms) if heard_ms is None else heard_ms
+        heard_ms = reply.heard_ms if heard_ms is None else heard_ms
         text = reply.item.heard_text(heard_ms) if reply.speaks else reply.text
         self._close(reply, text, "cancelled", {"type": "cancelled", "reason": reason})
         if reply.speaks and tells and reply.kept:
@@ -853,6 +868,8 @@ class Session:
         reply.pending.clear()
         reply.item.text = text
         reply.item.status = "completed" if status == "completed" else "incomplete"
+        if reply.kept and not reply.retracted:
+            self._note_end(reply, _outcome(status, details))
         if reply.speaks:
             self._emit_part("response.output_audio.done", reply)
             self._emit_part("response.output_audio_transcript.done", reply, transcript=text)
@@ -865,3 +882,29 @@ class Session:
             previous = self._items[place - 1].id if place else None
             self._emit("conversation.item.done", item=reply.item.fields(), previous_item_id=previous)
         self._emit("response.done", response=self._response(reply, status, **details))
+
+    def _note_end(self, reply: Reply, outcome: Outcome) -> None:
+        """Give the memory an answer with what was heard of it; before the client knows the end, and may rate it."""
+        note, text = reply.job.note, reply.item.text
+        if outcome == "failed" and reply.speaks:
+            text = reply.item.heard_text(reply.heard_ms)
+        if note and text.strip():
+            stages = {name.removesuffix("_ms"): ms for name, ms in self._waterfall(reply).items()}
+            # A copy: the mind may still be writing in the note of an answer that was cut off.
+            timings_ms = stages or dict(note.timings_ms)
+            ended = replace(note, answer=text, outcome=outcome, timings_ms=timings_ms)
+            self._remember(reply.item, ended)
+
+    def _remember(self, item: Item, note: Note) -> None:
+        memory = self._parts.assistant.memory
+        if memory is not None:
+            memory.keep(note)
+            item.note = note
+
+
+def _outcome(status: str, details: dict[str, Any]) -> Outcome:
+    """Return what the memory calls the end of a response."""
+    if status == "cancelled":
+        return "interrupted" if details["reason"] == "turn_detected" else "stopped"
+    ends: dict[str, Outcome] = {"completed": "stop", "incomplete": "length", "failed": "failed"}
+    return ends[status]
