@@ -303,7 +303,8 @@ def test_what_is_said_is_a_wav(client: openai.OpenAI) -> None:
     "body",
     [
         {"input": ""}, {"input": "x" * 4097}, {"input": "🦜"}, {"input": "x", "voice": "nobody"},
-        {"input": "x", "response_format": "mp3"}, {"input": "x", "speed": 2.0}, {},
+        {"input": "x", "response_format": "mp4"}, {"input": "x", "speed": 0.2}, {"input": "x", "speed": 4.1},
+        {"input": "x", "stream_format": "chunks"}, {},
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_is_400(url: str, body: Any) -> None:

@@ -14,11 +14,12 @@ import uuid
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from lorikeet.messages import Message, Source, Usage
 from lorikeet.serve.assistant import Done, Event, Found, SearchFailed, Searching, Text
 from lorikeet.serve.note import Note
+from lorikeet.speech.encode import FASTEST, FORMATS, SLOWEST
 
 MAX_MESSAGES = 1024
 MAX_SPEECH_CHARACTERS = 4096
@@ -57,6 +58,12 @@ def _join_parts(content: Any) -> Any:
 
 def _list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
+
+
+def _written(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"{name[:40]!r} is not written here; there are: {', '.join(FORMATS)}")
+    return name
 
 
 class _Strict(BaseModel):
@@ -138,8 +145,9 @@ class SpeechRequest(_Strict):
     input: str = Field(min_length=1, max_length=MAX_SPEECH_CHARACTERS)
     model: str = "default"
     voice: str = "default"
-    response_format: Literal["wav"] = "wav"
-    speed: float | None = Field(None, ge=1, le=1)
+    response_format: Annotated[str, AfterValidator(_written)] = FORMATS[0]
+    stream_format: Literal["audio", "sse"] = "audio"
+    speed: float | None = Field(None, ge=SLOWEST, le=FASTEST)
 
 
 class SearchNotes:
