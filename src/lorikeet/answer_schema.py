@@ -209,4 +209,4 @@ def _only(words: set[str], known: set[str], place: str) -> None:
 
 
 def _wrong(place: str, what: str) -> RequestError:
-    return RequestError(f"response_format: schema {place[-200:] or '/'} {what}")
+    return RequestError(f"response_format: schema {place[-200:] or '/'} {what}", field="response_format")

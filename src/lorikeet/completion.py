@@ -93,7 +93,7 @@ class AnswerReader:
         if self._top is not None:
             self._logprobs += _logprobs((choice.get("logprobs") or {}).get("content") or (), top=self._top)
             if content and not self._logprobs:
-                raise RequestError("logprobs: the engine gives none; leave it out")
+                raise RequestError("logprobs: the engine gives none; leave it out", field="logprobs")
         if text := self._thoughts.feed(content):
             yield Delta(text, logprobs=tuple(self._logprobs))
             self._logprobs = []

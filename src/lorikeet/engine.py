@@ -337,7 +337,8 @@ class LlamaEngine(HttpEngine):
         called = any(message.tool_calls or message.role == "tool" for message in messages)
         if (called or (options.tools and options.tool_choice != "none")) and not self._knows_tools:
             raise RequestError(
-                "tools: this model's chat template knows none; leave them out, or serve a model that does"
+                "tools: this model's chat template knows none; leave them out, or serve a model that does",
+                field="tools",
             )
 
     @cached_property

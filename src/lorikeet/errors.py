@@ -61,6 +61,11 @@ class Interrupted(LorikeetError):
 class RequestError(InputError):
     """A single request is at fault; the server answers it with 400 and goes on."""
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        """Say what is wrong, and in which `field` of the request, where it is known."""
+        super().__init__(message)
+        self.field = field
+
 
 class MachineError(LorikeetError):
     """The machine cannot do it: disk, memory, network or a missing package."""

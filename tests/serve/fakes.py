@@ -12,7 +12,7 @@ import numpy as np
 import uvicorn
 
 from lorikeet.errors import EngineError, RequestError
-from lorikeet.messages import Delta, Message, Source, Usage
+from lorikeet.messages import AnswerOptions, Delta, Message, Source, Usage
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.models import Models, Served
 from lorikeet.serve.search.provider import SearchError
@@ -25,12 +25,14 @@ API_KEY = "a key with spaces and ümlauts"
 class ScriptedEngine:
     """Answers every conversation with the same pieces, and remembers what it was asked."""
 
-    def __init__(self, *pieces: str, delay_s: float = 0.0) -> None:
+    def __init__(self, *pieces: str | Delta, delay_s: float = 0.0) -> None:
+        """Answer with texts, or with deltas as they are; one with a finish reason ends the answer."""
         self.name = "scripted"
         self.pieces = pieces or ("Hello", " there", ".")
         self.delay_s = delay_s
         self.asked: list[list[Message]] = []
         self.options: list[dict[str, Any]] = []
+        self.answer_options: list[AnswerOptions | None] = []
         self.given = 0
         self.closed = threading.Event()
         self.down = False
@@ -46,8 +48,10 @@ class ScriptedEngine:
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        options: AnswerOptions | None = None,
     ) -> Iterator[Delta]:
         self.asked.append(list(messages))
+        self.answer_options.append(options)
         self.options.append(
             {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": list(stop)}
         )
@@ -68,7 +72,9 @@ class ScriptedEngine:
                     raise EngineError("the engine stopped in the middle of an answer; ask again")
                 time.sleep(self.delay_s)
                 self.given += 1
-                yield Delta(piece)
+                yield piece if isinstance(piece, Delta) else Delta(piece)
+                if isinstance(piece, Delta) and piece.finish_reason:
+                    return
             yield Delta("", "stop", Usage(7, len(self.pieces)))
         finally:
             self.closed.set()

@@ -9,8 +9,8 @@ import pytest
 from lorikeet.config import ServeConfig
 from lorikeet.errors import RequestError
 from lorikeet.grounding import HEADER
-from lorikeet.messages import Message, Source, Usage
-from lorikeet.serve.assistant import Assistant, Done, Found, SearchFailed, Searching, Text
+from lorikeet.messages import AnswerOptions, Delta, Message, Source, TokenLogprob, ToolCall, Usage
+from lorikeet.serve.assistant import Assistant, Calling, Done, Found, SearchFailed, Searching, Text
 from tests.serve.fakes import ScriptedEngine, ScriptedProvider
 
 OSLO = Source("Weather in Oslo", "https://weather.example/oslo", "Light snow, minus two degrees.")
@@ -139,7 +139,53 @@ def test_closing_the_answer_stops_the_engine() -> None:
     assert engine.given == 1
 
 
-@pytest.mark.parametrize("messages", [[], [Message("system", "x")], [Message("user", "a"), Message("assistant", "b")]])
-def test_a_conversation_must_end_with_the_user(messages: list[Message]) -> None:
-    with pytest.raises(RequestError, match="user"):
+CALL = ToolCall(0, "call_1", "get_weather", '{"city": "Oslo"}')
+RESULT = Message("tool", "Light snow.", tool_call_id="call_1")
+
+
+def test_options_reach_the_engine_and_calls_and_logprobs_come_back() -> None:
+    logprobs = (TokenLogprob("Sure", -0.5, (83, 117, 114, 101)),)
+    engine = ScriptedEngine(
+        Delta("Sure", logprobs=logprobs), Delta("", tool_calls=(CALL,)), Delta("", "tool_calls", Usage(9, 4))
+    )
+    options = AnswerOptions(top_logprobs=0, tools=({"type": "function"},))
+    events = list(make(engine).respond(WEATHER, options=options))
+    assert events == [Text("Sure", logprobs), Calling((CALL,)), Done("tool_calls", Usage(9, 4))]
+    assert engine.answer_options == [options]
+
+
+def test_an_answer_can_follow_the_result_of_a_function_and_nothing_is_searched_then() -> None:
+    engine, provider = ScriptedEngine(), ScriptedProvider(OSLO)
+    history = [*WEATHER, Message("assistant", "", tool_calls=(CALL,)), RESULT]
+    list(make(engine, provider).respond(history, search="always"))
+    assert engine.asked == [history]
+    assert provider.queries == []
+
+
+def test_the_question_and_all_that_follows_it_stay() -> None:
+    engine = ScriptedEngine()
+    before = [Message("user", "a " * 90), Message("assistant", "b " * 90)]
+    rest = [Message("user", "c " * 90), Message("assistant", "", tool_calls=(CALL,)), RESULT]
+    assistant = make(engine, config=ServeConfig(context_tokens=256), count_tokens=lambda text: len(text.split()))
+    list(assistant.respond([*before, *rest]))
+    assert engine.asked == [rest]
+
+
+def test_functions_take_their_share_of_the_context() -> None:
+    engine = ScriptedEngine()
+    history = [Message("user", "a " * 40), Message("assistant", "b " * 40), Message("user", "c")]
+    config = ServeConfig(context_tokens=300, max_answer_tokens=60)
+    assistant = make(engine, config=config, count_tokens=lambda text: len(text.split()))
+    tools = ({"type": "function", "function": {"name": "f", "description": "word " * 150}},)
+    list(assistant.respond(history))
+    list(assistant.respond(history, options=AnswerOptions(tools=tools)))
+    assert [len(asked) for asked in engine.asked] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [Message("system", "x")], [Message("user", "a"), Message("assistant", "b")], [RESULT]]
+)
+def test_a_conversation_must_end_with_the_user_or_a_function(messages: list[Message]) -> None:
+    with pytest.raises(RequestError, match="user") as caught:
         list(make().respond(messages))
+    assert caught.value.field == "messages"

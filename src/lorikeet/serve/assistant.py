@@ -10,8 +10,9 @@ It knows no HTTP, no page and no audio: those turn its events into what their us
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date
@@ -21,7 +22,17 @@ from lorikeet.config import ServeConfig
 from lorikeet.engine import Engine
 from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.grounding import approximate_tokens, ground
-from lorikeet.messages import Conversation, Delta, Message, Source, Usage
+from lorikeet.messages import (
+    AnswerOptions,
+    Conversation,
+    Delta,
+    FinishReason,
+    Message,
+    Source,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from lorikeet.serve.memory import Memory
 from lorikeet.serve.note import Note, Origin
 from lorikeet.serve.queue import Queue
@@ -78,19 +89,28 @@ class Text:
 
     text: str
     """Whole characters; never ''."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Its tokens, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """The model calls functions that the request offered."""
+
+    calls: tuple[ToolCall, ...]
+    """Pieces of calls, at least one; those of one index belong together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """The answer is complete; the last event."""
 
-    finish_reason: Literal["stop", "length"]
-    """Whether the model ended by itself, or a limit did."""
+    finish_reason: FinishReason
     usage: Usage | None
     """Token counts, where the engine gives them."""
 
 
-Event = Waiting | Searching | Found | SearchFailed | Text | Done
+Event = Waiting | Searching | Found | SearchFailed | Text | Calling | Done
 
 
 class Assistant:
@@ -164,15 +184,17 @@ class Assistant:
         top_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        options: AnswerOptions | None = None,
         note: Note | None = None,
         urgent: bool = False,
     ) -> Generator[Event, None, None]:
-        """Yield the events of the answer to the last turn, which is the user's; `note` is filled in and kept.
+        """Yield the events of the answer to the last turn, a user's or a function's; `note` is filled in and kept.
 
         What is None is the configuration's; `max_tokens` can only lower its limit. Turns that would not fit the
-        context are dropped, oldest first; the system turn and the question stay. Closing the iterator stops the
-        generation. An `urgent` one, which is spoken, goes before those that are written. Raises RequestError for a
-        conversation that cannot be answered, BusyError at once if too many wait, EngineError if the engine fails.
+        context are dropped, oldest first; the system turn and the question, with all that follows it, stay. Closing
+        the iterator stops the generation. An `urgent` one, which is spoken, goes before those that are written. Raises
+        RequestError for a conversation that cannot be answered, BusyError at once if too many wait, EngineError if the
+        engine fails.
         """
         noted = note if self._memory else None
         events = self._answer(
@@ -184,6 +206,7 @@ class Assistant:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            options=options or AnswerOptions(),
             urgent=urgent,
         )
         return self._noting(events, noted) if noted else events
@@ -220,10 +243,12 @@ class Assistant:
         top_p: float | None,
         seed: int | None,
         stop: Sequence[str],
+        options: AnswerOptions,
         urgent: bool,
     ) -> Generator[Event, None, None]:
-        if not messages or messages[-1].role != "user":
-            raise RequestError("the conversation must end with a turn of the user")
+        _check_end(messages)
+        if messages[-1].role == "tool":
+            search = "off"  # the function's result is what the answer is to rest on
         limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
         with self.queue.join(urgent=urgent) as ticket:
             sources = yield from self._search(messages[-1].content, search)
@@ -231,9 +256,9 @@ class Assistant:
             conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
             while not ticket.wait(LOOK_UP_S):
                 yield Waiting(ticket.position)
-            prompt = self._fit(conversation.messages, limit)
+            prompt = self._fit(conversation.messages, limit, tools=options.tools)
             if note is not None:
-                note.question, note.prompt = messages[-1].content, tuple(prompt)
+                note.question, note.prompt = messages[_question(messages)].content, tuple(prompt)
             sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
             answer = self._engine.stream(
                 prompt,
@@ -241,6 +266,7 @@ class Assistant:
                 temperature=self._config.temperature if temperature is None else temperature,
                 seed=seed,
                 stop=stop,
+                options=options,
                 **sampling,
             )
             yield from _events(answer)
@@ -264,27 +290,49 @@ class Assistant:
         yield Found(sources)
         return sources
 
-    def _fit(self, messages: Sequence[Message], answer_tokens: int) -> list[Message]:
+    def _fit(
+        self, messages: Sequence[Message], answer_tokens: int, *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Message]:
         """Return the messages without the oldest turns that, with room for an answer, exceed the context.
 
         At least a quarter of the context is the prompt's, however long an answer is allowed. What remains starts
-        with a turn of the user, as templates demand.
+        with a turn of the user, as templates demand. `tools` are written into the prompt too.
         """
         context_tokens = self._config.context_tokens
         budget = context_tokens - min(answer_tokens, context_tokens * 3 // 4)
         system = list(messages[:1]) if messages[0].role == "system" else []
         turns = list(messages[len(system) :])
+        offered = json.dumps(list(tools)) if tools else ""
         # A byte is at least a token's worth, so what fits by bytes needs no counting.
-        if sum(len(m.content.encode()) + TURN_TOKENS for m in messages) <= budget:
+        if sum(len(_written(m).encode()) + TURN_TOKENS for m in messages) + len(offered.encode()) <= budget:
             return [*system, *turns]
-        costs = [self._count_tokens(turn.content) + TURN_TOKENS for turn in turns]
+        costs = [self._count_tokens(_written(turn)) + TURN_TOKENS for turn in turns]
         left = budget - sum(self._count_tokens(m.content) + TURN_TOKENS for m in system)
-        first = len(turns) - 1
+        left -= self._count_tokens(offered) if offered else 0
+        question = first = _question(turns)
         while first > 0 and sum(costs[first - 1 :]) <= left:
             first -= 1
-        while first < len(turns) - 1 and turns[first].role != "user":
+        while first < question and turns[first].role != "user":
             first += 1
         return [*system, *turns[first:]]
+
+
+def _check_end(messages: Sequence[Message]) -> None:
+    """Raise RequestError for a conversation that does not wait for the assistant."""
+    if not messages or messages[-1].role not in {"user", "tool"}:
+        raise RequestError("the conversation must end with a turn of the user, or a function's", field="messages")
+    if all(message.role != "user" for message in messages):
+        raise RequestError("the conversation must have a turn of the user", field="messages")
+
+
+def _question(messages: Sequence[Message]) -> int:
+    """Return the place of the last turn of the user."""
+    return max(place for place, message in enumerate(messages) if message.role == "user")
+
+
+def _written(message: Message) -> str:
+    """Return about what the turn puts into a prompt."""
+    return message.content + "".join(json.dumps(call.as_dict()) for call in message.tool_calls)
 
 
 def _take(note: Note, event: Event, *, after_ms: float) -> None:
@@ -302,7 +350,9 @@ def _take(note: Note, event: Event, *, after_ms: float) -> None:
         note.answer += event.text
     elif isinstance(event, Done):
         note.timings_ms["answer"] = after_ms
-        note.outcome, note.usage = event.finish_reason, event.usage
+        # What calls a function ended by itself, too: what it said before is whole.
+        note.outcome = "length" if event.finish_reason == "length" else "stop"
+        note.usage = event.usage
 
 
 def _events(answer: Generator[Delta, None, None]) -> Generator[Event, None, None]:
@@ -310,8 +360,10 @@ def _events(answer: Generator[Delta, None, None]) -> Generator[Event, None, None
     with closing(answer) as deltas:
         for delta in deltas:
             if delta.text:
-                yield Text(delta.text)
+                yield Text(delta.text, delta.logprobs)
+            if delta.tool_calls:
+                yield Calling(delta.tool_calls)
             if delta.finish_reason:
                 yield Done(delta.finish_reason, delta.usage)
-            elif not delta.text:
+            elif not delta.text and not delta.tool_calls:
                 yield Waiting(0)

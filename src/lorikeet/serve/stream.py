@@ -17,11 +17,12 @@ import anyio.to_thread
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lorikeet.engine import EngineDownError
+from lorikeet.engine import EngineBusyError, EngineDownError
 from lorikeet.errors import EngineError, InputError, LorikeetError, MachineError
 
 STATUSES: tuple[tuple[type[LorikeetError], int], ...] = (
     (InputError, 400),
+    (EngineBusyError, 503),
     (EngineDownError, 503),
     (EngineError, 502),
     (MachineError, 503),
