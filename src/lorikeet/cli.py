@@ -321,6 +321,66 @@ def serve(target: str, config: ServeConfig | None = None) -> int:
 
 
 @app.command
+def memory(
+    file: Path,
+    *,
+    sft: Path | None = None,
+    rated_only: Annotated[bool, Parameter(negative=())] = False,
+    preferences: Path | None = None,
+    delete: str | None = None,
+    delete_all: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = False,
+) -> int:
+    """List the conversations that `serve --memory FILE` kept, write them as rows to tune on, delete them.
+
+    Rows are written before anything is deleted. Without any of these, the list is printed.
+
+    Parameters
+    ----------
+    file
+        The memory; a server may be using it.
+    sft
+        A .jsonl file for conversations to tune on: corrections in the place of their answers, without answers rated down
+        or cut short.
+    rated_only
+        With --sft: only answers that were rated up or corrected.
+    preferences
+        A .jsonl file for pairs: each corrected answer as rejected, its correction as chosen.
+    delete
+        The id of a conversation to delete and overwrite.
+    delete_all
+        Delete and overwrite all of them.
+    json
+        Print the list as one JSON document.
+    """
+    from lorikeet.serve.memory_command import check_outputs, table, write_preferences, write_sft
+    from lorikeet.serve.store import Store
+
+    if rated_only and sft is None:
+        raise InputError("--rated-only says which answers --sft OUT.jsonl takes; give both")
+    if delete_all and delete is not None:
+        raise InputError("--delete and --delete-all exclude each other; give one")
+    check_outputs(file, (sft, preferences))
+    with Store.open(file, create=False) as store:
+        if sft is not None:
+            _say(write_sft(store, sft, rated_only=rated_only))
+        if preferences is not None:
+            _say(write_preferences(store, preferences))
+        if delete is not None:
+            if not store.delete(delete):
+                raise InputError(f"{file} holds no conversation {delete!r}; lorikeet memory {file} lists them")
+            _say(f"deleted 1 conversation from {file}")
+        if delete_all:
+            _say(f"deleted {store.delete_all()} conversations from {file}")
+        if json:
+            print(json_module.dumps({"file": str(file), "conversations": store.summaries()}, indent=2))
+        elif sft is None and preferences is None and delete is None and not delete_all:
+            for line in table(store.summaries()):
+                print(line)
+    return 0
+
+
+@app.command
 def weights(*, json: Json = False) -> int:
     """List what is packaged: names, where each comes from, its licence, and whether it is here.
 

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorikeet.config import ServeConfig
-from lorikeet.errors import InputError
+from lorikeet.errors import EngineError, InputError
 from lorikeet.grounding import HEADER
 from lorikeet.messages import Message, Source
 from lorikeet.serve.assistant import Assistant, Text
@@ -154,12 +154,10 @@ def test_what_was_stopped_or_failed_is_marked(path: Path) -> None:
         for engine in (ScriptedEngine("one ", "two ", "three"), ScriptedEngine("one ", "<fail>")):
             assistant = Assistant(engine, memory=memory)
             events = assistant.respond([Message("user", "Hi")], note=note(answer="", outcome="stopped"))
-            try:
-                assert isinstance(next(events), Text)
-                if engine.pieces[1] == "<fail>":
+            assert isinstance(next(events), Text)
+            if engine.pieces[1] == "<fail>":
+                with pytest.raises(EngineError, match="in the middle"):
                     next(events)
-            except Exception as error:  # noqa: BLE001
-                assert "in the middle" in str(error)
             events.close()
         for _ in Assistant(ScriptedEngine("one"), memory=memory).respond([Message("user", "Hi")]):
             pass  # without a note nothing is kept
@@ -338,7 +336,7 @@ def test_a_damaged_or_foreign_file_is_one_line_and_stays_as_it_is(path: Path, tm
     ):
         file = tmp_path / name
         file.write_bytes(data)
-        with pytest.raises(InputError, match="is damaged|another program") as caught:
+        with pytest.raises(InputError, match=r"is damaged|another program") as caught:
             Store.open(file)
         assert "\n" not in str(caught.value), name
         assert file.read_bytes() == data, name
@@ -346,8 +344,15 @@ def test_a_damaged_or_foreign_file_is_one_line_and_stays_as_it_is(path: Path, tm
     with sqlite3.connect(foreign) as db:
         db.execute("CREATE TABLE bookmarks (url)")
     db.close()
+    foreign.chmod(0o644)
     with pytest.raises(InputError, match="another program"):
         Store.open(foreign)
+    assert stat.S_IMODE(foreign.stat().st_mode) == 0o644, "its rights are its own program's business"
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    with pytest.raises(InputError, match="is empty"):
+        Store.open(empty, create=False)
+    assert empty.stat().st_size == 0
     with pytest.raises(InputError, match="is a folder"):
         Store.open(tmp_path)
     with pytest.raises(InputError, match="is not there"):

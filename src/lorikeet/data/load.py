@@ -254,6 +254,15 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
+def why_broken(row: Any) -> str | None:
+    """Return why a row, a JSON value, could not be tuned on; None if it could."""
+    try:
+        _conversation(row, "")
+    except _RowError as error:
+        return str(error)
+    return None
+
+
 def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
     """Return the layout and the conversation of a row. Raises _RowError saying why there is none."""
     if not isinstance(row, dict):

@@ -4,13 +4,15 @@
     rows = preference_rows(store.conversations())
 
 A row's prompt is what the model was given, block of search results included, so that training sees what serving gave.
-It knows neither SQL nor files.
+A turn that `tune` would not read, such as one about a function's result, makes no row. It knows neither SQL nor files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from lorikeet.data.load import why_broken
 
 WHOLE = "stop"
 """Answers that ended otherwise are no examples, unless they were corrected."""
@@ -29,6 +31,8 @@ def sft_rows(conversations: Iterable[dict[str, Any]], *, rated_only: bool) -> It
             if answer is None:
                 continue
             messages = [*_context(turn["prompt"]), {"role": "assistant", "content": answer}]
+            if why_broken({"messages": messages}):
+                continue
             if rows and _continues(rows[-1]["messages"], messages):
                 learned = rows.pop()["messages"]
                 messages[: len(learned)] = learned
@@ -40,14 +44,22 @@ def preference_rows(conversations: Iterable[dict[str, Any]]) -> Iterator[dict[st
     """Yield `{"id", "prompt", "chosen", "rejected"}`, TRL's conversational layout, for each answer with a correction."""
     for conversation in conversations:
         for turn in conversation["turns"]:
-            correction = turn["feedback"]["correction"]
-            if correction and turn["answer"].strip() and correction.strip() != turn["answer"].strip():
-                yield {
-                    "id": turn["id"],
-                    "prompt": turn["prompt"],
-                    "chosen": [{"role": "assistant", "content": correction}],
-                    "rejected": [{"role": "assistant", "content": turn["answer"]}],
-                }
+            row = _preference(turn)
+            if row and not why_broken(row):
+                yield row
+
+
+def _preference(turn: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the row of a turn, None if its answer was not corrected or the correction says the same."""
+    answer, correction = turn["answer"], turn["feedback"]["correction"]
+    if not correction or not answer.strip() or correction.strip() == answer.strip():
+        return None
+    return {
+        "id": turn["id"],
+        "prompt": turn["prompt"],
+        "chosen": [{"role": "assistant", "content": correction}],
+        "rejected": [{"role": "assistant", "content": answer}],
+    }
 
 
 def _best_answer(turn: dict[str, Any], *, rated_only: bool) -> str | None:

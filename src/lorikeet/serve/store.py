@@ -72,7 +72,9 @@ class Store:
             raise StoreError(f"{path} cannot be opened: {error}; fix its rights, or name another file") from error
         store = cls(path, connection)
         try:
-            store._set_up(_packaged_migrations() if migrations is None else migrations)
+            scripts = _packaged_migrations() if migrations is None else migrations
+            store._check(create=create, newest=len(scripts))
+            store._set_up(scripts)
         except sqlite3.DatabaseError as error:
             store.close()
             raise _opening_error(path, error) from error
@@ -96,12 +98,27 @@ class Store:
 
     # Schema.
 
+    def _check(self, *, create: bool, newest: int) -> None:
+        """Raise InputError for a file that is not ours, unchanged; see to it that only its owner can read one that is."""
+        is_new = not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if is_new and not create:
+            raise InputError(f"{self._path} is empty; name the file that lorikeet serve RUN --memory FILE writes")
+        if not is_new and self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise InputError(f"{self._path} is another program's database; name another file")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > newest:
+            raise InputError(
+                f"{self._path} is of a newer Lorikeet (its schema is {version}, this one knows {newest}); "
+                "update Lorikeet, or name another file"
+            )
+        try:
+            if self._path.stat().st_mode & 0o077:
+                self._path.chmod(0o600)  # before there is a log, which gets the same rights from SQLite
+        except OSError as error:
+            raise _unopened(self._path, error) from error
+
     def _set_up(self, migrations: Sequence[str]) -> None:
         db = self._db
-        is_new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        owner = db.execute("PRAGMA application_id").fetchone()[0]
-        if not is_new and owner != APPLICATION_ID:
-            raise InputError(f"{self._path} is another program's database; name another file")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("its pages do not fit together")
         db.execute("PRAGMA foreign_keys = ON")
@@ -112,18 +129,12 @@ class Store:
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA journal_size_limit = {4 << 20}")
         for number in range(1, len(migrations) + 1):
-            self._migrate(number, migrations[number - 1], newest=len(migrations))
+            self._migrate(number, migrations[number - 1])
 
-    def _migrate(self, number: int, script: str, *, newest: int) -> None:
+    def _migrate(self, number: int, script: str) -> None:
         """Apply migration `number` unless the file has it; another process may be doing the same."""
         with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > newest:
-                raise InputError(
-                    f"{self._path} is of a newer Lorikeet (its schema is {version}, this one knows {newest}); "
-                    "update Lorikeet, or name another file"
-                )
-            if version >= number:
+            if db.execute("PRAGMA user_version").fetchone()[0] >= number:
                 return
             for statement in _statements(script):
                 db.execute(statement)
@@ -219,10 +230,14 @@ class Store:
                 yield conversation
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Return of each conversation, oldest first: id, channel, began_ms, turns, rated and corrected."""
+        """Return a summary of each conversation, oldest first.
+
+        It holds id, channel, began_ms, how many turns there are, how many of them are up, down and corrected, and
+        first_words: at most 200 characters of the first question.
+        """
         with self._transaction(write=False) as db:
             rows = db.execute(_SUMMARIES).fetchall()
-        names = ("id", "channel", "began_ms", "turns", "up", "down", "corrected")
+        names = ("id", "channel", "began_ms", "turns", "up", "down", "corrected", "first_words")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     # Deleting.
@@ -347,22 +362,23 @@ def _now_ms() -> int:
 
 
 def _prepare_file(path: Path, *, create: bool) -> None:
-    """See to it that there is a file, and that only its owner can read it. Its log gets the same rights from SQLite."""
+    """See to it that there is a file; a new one is its owner's alone."""
     try:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} is no file; name a file for the memory, such as memory.db")
-        if mode & 0o077:
-            path.chmod(0o600)
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there; lorikeet serve RUN --memory {path} makes it") from error
     except IsADirectoryError as error:
         raise InputError(f"{path} is a folder; name a file for the memory, such as {path / 'memory.db'}") from error
     except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}; fix its rights, or name another file") from error
+        raise _unopened(path, error) from error
+
+
+def _unopened(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be opened: {error.strerror}; fix its rights, or name another file")
 
 
 def _opening_error(path: Path, error: sqlite3.DatabaseError) -> Exception:
@@ -412,7 +428,8 @@ SELECT c.id FROM turns t JOIN conversations c ON c.number = t.conversation WHERE
 
 _SUMMARIES = """
 SELECT c.id, c.channel, c.began_ms, count(t.number), coalesce(sum(f.rating = 'up'), 0),
-       coalesce(sum(f.rating = 'down'), 0), count(f.correction)
+       coalesce(sum(f.rating = 'down'), 0), count(f.correction),
+       coalesce((SELECT substr(question, 1, 200) FROM turns WHERE conversation = c.number ORDER BY number LIMIT 1), '')
 FROM conversations c LEFT JOIN turns t ON t.conversation = c.number LEFT JOIN feedback f ON f.turn = t.number
 GROUP BY c.number ORDER BY c.number
 """
