@@ -70,6 +70,11 @@ def put_before(question: str, lines: Sequence[str]) -> str:
     return "\n".join([HEADER, *lines, FOOTER, "", question]) if lines else question
 
 
+def is_grounded(turn: str) -> bool:
+    """Say whether a turn carries a block of search results before its question."""
+    return turn.startswith(f"{HEADER}\n[1] ") and f"\n{FOOTER}\n" in turn
+
+
 def ground(
     question: str,
     sources: Sequence[Source],

@@ -13,7 +13,8 @@ from lorikeet.data.inspect import inspect_data, write_page
 from lorikeet.data.load import load_conversations
 from lorikeet.data.near import NearIndex, shingles
 from lorikeet.errors import InputError
-from lorikeet.messages import Conversation, Message
+from lorikeet.grounding import HEADER, ground
+from lorikeet.messages import Conversation, Message, Source
 from lorikeet.prompt import PromptFormat
 
 from ..conftest import make_conversations, write_jsonl
@@ -122,3 +123,21 @@ def test_near_duplicates_are_near_and_others_are_not() -> None:
 def test_real_chats(shared: Path, tiny_model: Path) -> None:
     report = inspect_data(str(shared / "chat" / "sharegpt-200.json"), model=str(tiny_model))
     assert report["layout"] == "sharegpt" and report["conversations"] == 200 and report["split"]["possible"]
+
+
+def test_search_results_are_counted_as_sources_and_as_the_block_that_was_served(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    source = {"title": "Timetable", "url": "https://trains.example/", "snippet": "Trains at nine."}
+    block = ground("When?", [Source(**source)])
+    answer = {"role": "assistant", "content": "At nine."}
+    rows = [
+        [{"role": "user", "content": "When?", "sources": [source]}, answer],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{block} Today?"}, answer],
+        [{"role": "user", "content": HEADER}, answer],
+        [{"role": "user", "content": f"What does this mean? {block}"}, answer],
+        [{"role": "user", "content": "No sources?", "sources": []}, answer],
+    ]
+    path = tmp_path / "grounded.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    assert inspect_data(str(path), model=str(tiny_model))["turns"]["grounded"] == 2

@@ -28,6 +28,7 @@ from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.data.near import THRESHOLD, NearIndex
 from lorikeet.errors import InputError
 from lorikeet.files import write_atomic
+from lorikeet.grounding import is_grounded
 from lorikeet.messages import Conversation
 from lorikeet.prompt import Encoded, PromptFormat, defuse
 from lorikeet.weights import resolve_model
@@ -117,7 +118,7 @@ def _turns(conversations: Sequence[Conversation]) -> dict[str, Any]:
         **{role: roles[role] for role in ("system", "user", "assistant")},
         "system_prompts": len({c.messages[0].content for c in conversations if c.messages[0].role == "system"}),
         "several_questions": sum(sum(m.role == "user" for m in c.messages) > 1 for c in conversations),
-        "grounded": sum(any(m.sources for m in c.messages) for c in conversations),
+        "grounded": sum(any(is_grounded(m.content) for m in c.messages) for c in conversations),
     }
 
 
@@ -207,7 +208,9 @@ def _prompts(name: str) -> list[str]:
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
         rows = (
-            json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for line in text.splitlines() if line]
+            json.loads(text)
+            if text.lstrip()[:1] == "["
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
         found = [row.get("prompt", row.get("question")) for row in rows]
     except (OSError, ValueError, AttributeError) as error:
