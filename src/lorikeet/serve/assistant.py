@@ -1,6 +1,6 @@
 """One turn: history, and search results where the question needs them, in; events out.
 
-    assistant = Assistant(engine, system_prompt="...", provider=load_provider("ddg"))
+    assistant = Assistant(engine, system_prompt="...", provider=load_search("ddg", deadline_s=4))
     for event in assistant.respond([Message("user", "What is the weather in Oslo?")], search="auto"):
         if isinstance(event, Text):
             print(event.text, end="")
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lorikeet.config import ServeConfig
 from lorikeet.engine import Engine
 from lorikeet.errors import LorikeetError, RequestError
-from lorikeet.grounding import approximate_tokens, ground
+from lorikeet.grounding import BUDGET_TOKENS, approximate_tokens, block_lines, put_before
 from lorikeet.messages import (
     AnswerOptions,
     Conversation,
@@ -36,8 +36,10 @@ from lorikeet.messages import (
 from lorikeet.serve.memory import Memory
 from lorikeet.serve.note import Note, Origin
 from lorikeet.serve.queue import Queue
-from lorikeet.serve.search.decide import decide
+from lorikeet.serve.search.budget import budget_tokens, measure_prefill
 from lorikeet.serve.search.provider import Provider, SearchError
+from lorikeet.serve.search.query import plan_search
+from lorikeet.serve.search.rank import rank
 
 Search = Literal["auto", "off", "always"]
 """When to search: where the question asks for it, never, or before every answer."""
@@ -64,15 +66,15 @@ class Searching:
     reason: str
     """Why, in words for the user."""
     query: str
-    """What is asked of the search service: the user's own words."""
+    """What is asked of the search service: the user's own words, those of earlier turns where this one goes on from them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The search ended well; the answer will see these sources."""
+    """The search ended well; the answer will see these sources, and no others."""
 
     sources: tuple[Source, ...]
-    """In the order of their numbers in the answer; untrusted text."""
+    """Those in the block, at least one, in the order of their numbers: `[1]` in the answer is the first. Untrusted text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class Assistant:
         self._config = config or ServeConfig()
         self._count_tokens = count_tokens
         self._today = today
+        self._search_tokens = min(BUDGET_TOKENS, self._config.context_tokens // 4)
+        self._tokens_per_s: float | None = None
         self._memory = memory
         self._origin = origin or Origin(name=engine.name)
         self.queue = queue or Queue(slots=self._config.slots, places=self._config.queue)
@@ -161,8 +165,31 @@ class Assistant:
         """Where turns are kept; None where nothing is."""
         return self._memory
 
+    @property
+    def search_note(self) -> str:
+        """How long search results may be, and why, in words for the log."""
+        bound = f"at most {self._search_tokens} tokens of results go before a question"
+        if self._tokens_per_s is None:
+            return bound
+        wait_ms = self._config.search_prefill_ms
+        return f"{bound}: the engine reads {self._tokens_per_s:.0f} tokens/s and may take {wait_ms:.0f} ms"
+
+    @property
+    def search_when(self) -> Search:
+        """When the page searches until the user chooses; off where there is nothing to ask."""
+        return self._config.search_when if self._provider else "off"
+
     def warm(self) -> None:
-        """Have the engine read the system prompt once, so that the first answer does not wait for that."""
+        """Measure how fast the engine reads, if there may be searches, and have it read the system prompt once.
+
+        The first answer need not wait for that then.
+        """
+        context_tokens = self._config.context_tokens
+        if self._provider:
+            self._tokens_per_s = measure_prefill(self._engine, context_tokens=context_tokens)
+        if self._tokens_per_s is not None:
+            wait_ms = self._config.search_prefill_ms
+            self._search_tokens = budget_tokens(self._tokens_per_s, wait_ms=wait_ms, context_tokens=context_tokens)
         for _ in self.respond([Message("user", "Hello.")], search="off", max_tokens=1):
             pass
 
@@ -251,9 +278,10 @@ class Assistant:
             search = "off"  # the function's result is what the answer is to rest on
         limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
         with self.queue.join(urgent=urgent) as ticket:
-            sources = yield from self._search(messages[-1].content, search)
-            question = replace(messages[-1], content=ground(messages[-1].content, sources))
-            conversation = Conversation((*messages[:-1], question)).with_system(self._system_prompt)
+            conversation = Conversation(tuple(messages)).with_system(self._system_prompt)
+            lines = yield from self._search(conversation.messages, search, limit)
+            question = replace(messages[-1], content=put_before(messages[-1].content, lines))
+            conversation = Conversation((*conversation.messages[:-1], question))
             while not ticket.wait(LOOK_UP_S):
                 yield Waiting(ticket.position)
             prompt = self._fit(conversation.messages, limit, tools=options.tools)
@@ -271,35 +299,52 @@ class Assistant:
             )
             yield from _events(answer)
 
-    def _search(self, question: str, search: Search) -> Generator[Event, None, tuple[Source, ...]]:
-        """Yield the events of a search, if there is one, and return the sources found."""
+    def _search(
+        self, messages: Sequence[Message], search: Search, answer_tokens: int
+    ) -> Generator[Event, None, list[str]]:
+        """Yield the events of a search, if there is one, and return the lines of the block; none without results."""
         if search == "off" or (search == "auto" and self._provider is None):
-            return ()
-        reason = "search is set to always" if search == "always" else decide(question, today=self._today())
-        if reason is None:
-            return ()
-        yield Searching(reason, question)
+            return []
+        asked = [message.content for message in messages if message.role == "user"]
+        plan = plan_search(asked, today=self._today(), always=search == "always")
+        if plan is None:
+            return []
+        yield Searching(plan.reason, plan.query)
         if self._provider is None:
             yield SearchFailed("search is switched off on this server")
-            return ()
+            return []
         try:
-            sources = tuple(self._provider.search(question))
+            sources = rank(plan.query, self._provider.search(plan.query))
         except SearchError as error:
             yield SearchFailed(str(error))
-            return ()
-        yield Found(sources)
-        return sources
+            return []
+        budget = min(self._search_tokens, self._room(messages, answer_tokens))
+        lines = block_lines(sources, budget_tokens=budget, count_tokens=self._count_tokens)
+        if lines:
+            yield Found(tuple(sources[: len(lines)]))
+        else:
+            yield SearchFailed("the question is so long that no search results fit beside it")
+        return lines
+
+    def _room(self, messages: Sequence[Message], answer_tokens: int) -> int:
+        """Return the tokens that search results can take, so that system turn, question and answer fit beside them."""
+        system = [message.content for message in messages[:1] if message.role == "system"]
+        beside = (put_before("", ["."]), *system, messages[-1].content)
+        return self._prompt_tokens(answer_tokens) - sum(self._count_tokens(text) + TURN_TOKENS for text in beside)
+
+    def _prompt_tokens(self, answer_tokens: int) -> int:
+        """Return the prompt's share of the context: at least a quarter, however long an answer is allowed."""
+        context_tokens = self._config.context_tokens
+        return context_tokens - min(answer_tokens, context_tokens * 3 // 4)
 
     def _fit(
         self, messages: Sequence[Message], answer_tokens: int, *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[Message]:
         """Return the messages without the oldest turns that, with room for an answer, exceed the context.
 
-        At least a quarter of the context is the prompt's, however long an answer is allowed. What remains starts
-        with a turn of the user, as templates demand. `tools` are written into the prompt too.
+        What remains starts with a turn of the user, as templates demand. `tools` are written into the prompt too.
         """
-        context_tokens = self._config.context_tokens
-        budget = context_tokens - min(answer_tokens, context_tokens * 3 // 4)
+        budget = self._prompt_tokens(answer_tokens)
         system = list(messages[:1]) if messages[0].role == "system" else []
         turns = list(messages[len(system) :])
         offered = json.dumps(list(tools)) if tools else ""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LlamaEngine
 from lorikeet.errors import InputError
+from lorikeet.files import sha256_file
 from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
 from lorikeet.serve.server import Listener, run_server
@@ -40,12 +41,16 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
     Raises InputError for settings that cannot be served, MachineError or EngineError for what cannot be loaded.
     """
     check_exposure(config)
+    if config.slots < 1 or config.queue < 0:
+        raise InputError(
+            f"--slots {config.slots} --queue {config.queue}: slots must be above 0, the queue not negative"
+        )
     if isinstance(target, Path):
         read_header(target)
     # Imported here and not above: the search and web packages are extras, and the settings are checked first.
-    from lorikeet.serve.search.provider import load_provider
+    from lorikeet.serve.search.service import load_search
 
-    provider = load_provider(config.search)
+    provider = load_search(config.search, deadline_s=config.search_deadline_s)
     with _sigterm_as_ctrl_c(), Listener(config.host, config.port) as listener, ExitStack() as stack:
         memory = _memory(config)
         if memory is not None:
@@ -69,6 +74,8 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
             origin=identify(target, model_name) if memory else None,
         )
         _step("first words", lambda: _warm(assistant, ears, voice))
+        if provider:
+            _say(f"search: {provider.name}; {assistant.search_note}")
 
         def build() -> Any:
             from lorikeet.serve.http import create_app
@@ -117,7 +124,15 @@ def _allowed_hosts(host: str) -> tuple[str, ...] | None:
 def _open(target: Path | str, config: ServeConfig, model_name: str) -> HttpEngine:
     if isinstance(target, str):
         return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", ""))
-    return LlamaEngine(target, name=model_name, context_tokens=config.context_tokens)
+    slots = config.slots + 1  # one is kept for who speaks
+    return LlamaEngine(
+        target,
+        name=model_name,
+        context_tokens=config.context_tokens,
+        slots=slots,
+        sha256=sha256_file(target),
+        restart=True,
+    )
 
 
 def _ears(name: str) -> Ears:
