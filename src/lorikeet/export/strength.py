@@ -150,7 +150,8 @@ def _keeps_instructions(
 ) -> float:
     """Return the greatest strength up to `most` that follows as many instructions as the base, but for `ONE_ERROR`.
 
-    The shares are entered into the `table`'s rows. If no strength keeps them, the weakest is returned: `prove` will say no.
+    The shares are entered into the `table`'s rows. The weakest is returned unasked if no other keeps
+    them: what remains is for `prove` to judge.
     """
     asked = prompts_for_choice()
     counts = np.array([len(instructed.instructions) for instructed in asked])
@@ -160,13 +161,13 @@ def _keeps_instructions(
         row["instructions_followed"] = round(float(found.sum() / counts.sum()), 4)
         return found
 
-    base, strength = ask(table[0]), most
-    for row in reversed([row for row in table[1:] if row["strength"] <= most]):
-        strength = row["strength"]
+    base = ask(table[0])
+    weakest, *others = [row for row in table[1:] if row["strength"] <= most]
+    for row in reversed(others):
         change = ratio_interval(ask(row) - base, counts, level=ONE_ERROR, resamples=RESAMPLES, seed=0)
         if change.high >= 0:
-            break
-    return float(strength)
+            return float(row["strength"])
+    return float(weakest["strength"])
 
 
 def _followed(model: AdapterModel, prompt: PromptFormat, asked: Sequence[Instructed], *, factor: float) -> list[int]:
