@@ -17,7 +17,7 @@ from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.models import Models, Served
 from lorikeet.serve.search.provider import SearchError
 from lorikeet.serve.server import Listener
-from lorikeet.speech import HEARING_HZ, Samples, Transcript
+from lorikeet.speech import HEARING_HZ, Samples, Segment, TimedTranscript, Transcript, Word
 
 API_KEY = "a key with spaces and ümlauts"
 
@@ -123,10 +123,27 @@ class CountingEars:
 
     name = "counting"
 
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
     def transcribe(self, samples: Samples) -> Transcript:
         loud = samples.size and float(np.abs(samples).max()) > 0.01
         seconds = samples.size / HEARING_HZ
         return Transcript(f"I heard {seconds:.1f} seconds." if loud else "", seconds)
+
+    def transcribe_timed(
+        self, samples: Samples, *, language: str = "", prompt: str = "", temperature: float = 0.0, words: bool = False
+    ) -> TimedTranscript:
+        """Hear the same in one segment, from a quarter of the sound to its end, whose words share the time."""
+        self.asked.append({"language": language, "prompt": prompt, "temperature": temperature, "words": words})
+        heard = self.transcribe(samples)
+        said, start_s = heard.text.split(), heard.duration_s / 4
+        each_s = (heard.duration_s - start_s) / max(1, len(said))
+        timed = [Word(word, start_s + n * each_s, start_s + (n + 1) * each_s) for n, word in enumerate(said)]
+        segment = Segment(
+            text=heard.text, start_s=start_s, end_s=heard.duration_s, words=tuple(timed) if words else (), tokens=(1, 2)
+        )
+        return TimedTranscript((segment,) if said else (), language or "en", heard.duration_s)
 
 
 def serving(assistant: Assistant, name: str = "parrot") -> Models:

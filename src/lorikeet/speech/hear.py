@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorikeet.errors import InputError, MachineError, MissingExtraError
-from lorikeet.speech import HEARING_HZ, Ears, Samples, Transcript
+from lorikeet.errors import InputError, MachineError, MissingExtraError, RequestError
+from lorikeet.speech import HEARING_HZ, Ears, Samples, Segment, TimedTranscript, Transcript, Word
 from lorikeet.speech.audio import level_db
 from lorikeet.speech.vad import FRAME_MS, FRAME_SAMPLES, Vad, load_vad
 from lorikeet.weights import PACKAGES, packaged
@@ -41,6 +43,12 @@ LOG_PROBABILITY = -1.0
 COMPRESSION = 2.4
 """A text that Whisper thinks is no speech and is unsure of, or that repeats itself, is left out: the thresholds of its
 paper (2212.04356)."""
+
+RETRY_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Tried one after another while a text looks wrong, as in Whisper's paper."""
+
+YIELD_S = 0.001
+"""A lock that is taken again at once never passes to another thread."""
 
 DRAFT_MAX_S = 20.0
 """Longer speech is heard in the full window at once."""
@@ -75,16 +83,64 @@ class WhisperEars:
             text = self._hear_whole(speech) if draft is None else draft
         return Transcript(text, duration_s)
 
+    def transcribe_timed(
+        self,
+        samples: Samples,
+        *,
+        language: str = "",
+        prompt: str = "",
+        temperature: float = 0.0,
+        words: bool = False,
+    ) -> TimedTranscript:
+        """Return what is said in `samples`, mono at 16 kHz, and when, from the full window.
+
+        Raises RequestError for a language that is not heard.
+        """
+        heard = self._model.supported_languages
+        if language and language not in heard:
+            raise RequestError(f"language: {language[:20]!r} is not heard by {self.name}; it hears: {', '.join(heard)}")
+        duration_s = samples.size / HEARING_HZ
+        first, last, _ = self._speech_range(samples)
+        if first == last:
+            return TimedTranscript((), language or ("en" if self._english else ""), duration_s)
+        with self._lock:
+            found, info = self._model.transcribe(
+                samples[first:last],
+                language=language or None,
+                beam_size=1,
+                condition_on_previous_text=False,
+                initial_prompt=prompt or None,
+                temperature=temperature or RETRY_TEMPERATURES,
+                word_timestamps=words,
+            )
+        spoken = [_timed(segment, first / HEARING_HZ, duration_s) for segment in self._take(found) if _is_said(segment)]
+        return TimedTranscript(tuple(spoken), info.language, duration_s)
+
+    def _take(self, segments: Iterator[Any]) -> Iterator[Any]:
+        """Yield what faster-whisper hears, window by window; a turn that waits goes between two windows."""
+        while True:
+            with self._lock:
+                segment = next(segments, None)
+            if segment is None:
+                return
+            yield segment
+            time.sleep(YIELD_S)
+
     def _find_speech(self, samples: Samples) -> tuple[Samples, float]:
         """Return the part from the first speech to the last, with a margin, and the seconds of speech in it."""
+        first, last, speech_s = self._speech_range(samples)
+        return samples[first:last], speech_s
+
+    def _speech_range(self, samples: Samples) -> tuple[int, int, float]:
+        """Return where the speech begins and ends, with a margin, and the seconds of speech; zeros if there is none."""
         if level_db(samples) < SILENCE_DB:
-            return samples[:0], 0.0
+            return 0, 0, 0.0
         voiced = np.flatnonzero(self._vad.voiced_frames(samples))
         if voiced.size * FRAME_MS < MIN_SPEECH_MS:
-            return samples[:0], 0.0
+            return 0, 0, 0.0
         margin = int(MARGIN_S * HEARING_HZ)
-        first, last = voiced[0] * FRAME_SAMPLES, (voiced[-1] + 1) * FRAME_SAMPLES
-        return samples[max(0, first - margin) : last + margin], voiced.size * FRAME_MS / 1000
+        first, last = int(voiced[0]) * FRAME_SAMPLES, int(voiced[-1] + 1) * FRAME_SAMPLES
+        return max(0, first - margin), min(samples.size, last + margin), voiced.size * FRAME_MS / 1000
 
     def _draft(self, speech: Samples, speech_s: float) -> str | None:
         """Return what a short window gives, '' where that is no speech, None if it must be heard again."""
@@ -131,13 +187,32 @@ class WhisperEars:
             beam_size=1,
             condition_on_previous_text=False,
         )
-        spoken = [
-            segment.text.strip()
-            for segment in segments
-            if (segment.no_speech_prob < NO_SPEECH_PROBABILITY or segment.avg_logprob > LOG_PROBABILITY)
-            and segment.compression_ratio < COMPRESSION
-        ]
-        return " ".join(text for text in spoken if text)
+        return " ".join(segment.text.strip() for segment in segments if _is_said(segment))
+
+
+def _is_said(segment: Any) -> bool:
+    """Say whether one of faster-whisper's segments has words, and words that were spoken."""
+    speech = segment.no_speech_prob < NO_SPEECH_PROBABILITY or segment.avg_logprob > LOG_PROBABILITY
+    return bool(segment.text.strip()) and speech and segment.compression_ratio < COMPRESSION
+
+
+def _timed(segment: Any, offset_s: float, duration_s: float) -> Segment:
+    """Return one of faster-whisper's segments with its times in the whole recording, `offset_s` later."""
+
+    def when(time_s: float) -> float:
+        return round(min(duration_s, float(time_s) + offset_s), 2)
+
+    return Segment(
+        text=segment.text.strip(),
+        start_s=when(segment.start),
+        end_s=when(segment.end),
+        words=tuple(Word(word.word.strip(), when(word.start), when(word.end)) for word in segment.words or ()),
+        tokens=tuple(segment.tokens),
+        temperature=float(segment.temperature or 0.0),
+        log_probability=float(segment.avg_logprob),
+        compression=float(segment.compression_ratio),
+        no_speech_probability=float(segment.no_speech_prob),
+    )
 
 
 def cut_repetition(text: str) -> str:
