@@ -294,7 +294,7 @@ def test_old_conversations_go_at_the_start_and_space_comes_back(path: Path) -> N
         pass
     assert [turn["question"].split()[1] for turn in turns(path)] == ["29", "0"]
     assert f"{SECRET} 40".encode() not in bytes_of(path)
-    assert path.stat().st_size < before
+    assert path.stat().st_size < 0.7 * before, "half of it was deleted"
     with Memory.open(path, days=0):
         assert len(turns(path)) == 2
 

@@ -151,7 +151,7 @@ def test_what_tuning_does_not_read_makes_no_row(store: Store, tmp_path: Path) ->
 
 @pytest.fixture
 def kept(path: Path) -> Path:
-    """Thirty conversations: every third is corrected, one is rated down, one has search results, one goes on."""
+    """Thirty conversations: every third is corrected, one is rated down, one has search results, two go on."""
     with Store.open(path) as store:
         for number, conversation in enumerate(make_conversations(30)):
             question, answer = (message.content for message in conversation.messages)
@@ -164,6 +164,7 @@ def kept(path: Path) -> Path:
                 store.rate(note.id, {"rating": "down"})
             if number == 5:
                 store.rate(note.id, {"rating": "up"})
+            if number in {5, 6}:
                 assert note.kept is not None
                 keep(store, "More?", "More.", *said(question, answer), conversation=note.kept.conversation_id)
     return path
@@ -176,14 +177,15 @@ def test_what_was_kept_is_tuned_on(
     if kind == "preferences":  # tuning needs more pairs than the ten there are
         with Store.open(kept) as store:
             for conversation in store.conversations():
-                store.rate(conversation["turns"][0]["id"], {"correction": f"Mended {conversation['id']}"})
+                for turn in conversation["turns"]:
+                    store.rate(turn["id"], {"correction": f"Mended {turn['id']}"})
     out = tmp_path / "out" / f"{kind}.jsonl"
     code, printed, error = memory(kept, f"--{kind}", out, capsys=capsys)
     count = {
-        "sft": "29 rows with 30 answers to learn from",
-        "preferences": "30 rows, each an answer and its correction",
+        "sft": "30 rows with 31 answers to learn from",
+        "preferences": "32 rows, each an answer and its correction",
     }
-    assert (code, printed, error) == (0, "", f"{out}: {count[kind]}, of 31 turns kept\n")
+    assert (code, printed, error) == (0, "", f"{out}: {count[kind]}, of 32 turns kept\n")
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert [file.name for file in out.parent.iterdir()] == [out.name]
 
@@ -208,7 +210,7 @@ def test_what_was_kept_is_tuned_on(
         texts = prompt.tokenizer.decode(ids).split("<|im_end|>")
         ends += len(texts) - 1
         assert {text.strip() for text in texts[:-1]} <= learned_here
-    assert ends == 30
+    assert ends == {"sft": 31, "preferences": 32}[kind]
 
     settings = ("--max-steps", "2", "--eval-steps", "2", "--save-steps", "2", "--dtype", "float32")
     run = tmp_path / "run"
@@ -223,7 +225,7 @@ def test_rated_only_takes_what_somebody_looked_at(
 ) -> None:
     out = tmp_path / "rated.jsonl"
     code, _, error = memory(kept, "--sft", out, "--rated-only", capsys=capsys)
-    assert (code, error) == (0, f"{out}: 11 rows with 11 answers to learn from, of 31 turns kept\n")
+    assert (code, error) == (0, f"{out}: 11 rows with 11 answers to learn from, of 32 turns kept\n")
     assert sum(learned(row)[0].startswith("Mended") for row in rows_of(out)) == 10
 
 
@@ -236,6 +238,7 @@ def test_the_list_names_each_conversation(kept: Path, capsys: pytest.CaptureFixt
     assert (code, error, head.split()[:2]) == (0, "", ["id", "began"])
     assert [line.split()[0] for line in lines] == ids
     assert lines[5].split()[3:7] == ["2", "1", "0", "0"]
+    assert lines[6].split()[3:7] == ["2", "0", "1", "1"]
     assert lines[0].split()[3:7] == ["1", "0", "1", "1"]
     assert "[2JWipe this long" in lines[-1] and lines[-1].endswith("...")
     assert out.replace("\n", "").isprintable()

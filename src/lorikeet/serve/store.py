@@ -83,6 +83,11 @@ class Store:
             raise
         return store
 
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._path
+
     def __enter__(self) -> Self:
         """Return the store itself."""
         return self
@@ -265,7 +270,7 @@ class Store:
     def overwrite(self) -> None:
         """Make sure that nothing deleted is left in the file or its log. Raises StoreError, StillReadError if a reader prevents it."""
         with self._held() as db:
-            db.execute("PRAGMA incremental_vacuum").fetchall()
+            db.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page and stop
             # The log still holds pages as they were; emptied, it is cut to nothing.
             blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if blocked:
