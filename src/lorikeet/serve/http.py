@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lorikeet.errors import LorikeetError
+from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.serve.assistant import Event, Waiting
 from lorikeet.serve.audio import add_audio_routes
 from lorikeet.serve.feedback import add_memory_routes
@@ -100,7 +100,7 @@ def _add_models(app: FastAPI, served: Models) -> None:
 
 def _model_card(model: Served, created_s: int) -> dict[str, Any]:
     """Return OpenAI's model object, with what is known of the file in `lorikeet`."""
-    facts: dict[str, Any] = {"kind": model.kind, "quant": model.quant or None, "sha256": model.sha256 or None}
+    facts: dict[str, Any] = {"kind": model.kind, "quant": model.quant or None, "gguf_sha256": model.sha256 or None}
     facts |= {"adapter_sha256": model.adapter_sha256 or None, "proved": model.proved}
     return {"id": model.name, "object": "model", "created": created_s, "owned_by": "lorikeet", "lorikeet": facts}
 
@@ -124,6 +124,7 @@ def _add_chat(app: FastAPI, models: Models) -> None:
             top_p=body.top_p,
             seed=body.engine_seed,
             stop=body.stop or (),
+            options=body.options(),
             note=answer.note,
         )
         pulled = pull(events, limiter)
@@ -134,12 +135,11 @@ def _add_chat(app: FastAPI, models: Models) -> None:
                 return Response(status_code=499)
             return ClosingResponse(pulled, _server_sent(first, pulled, answer), media_type="text/event-stream")
         async with aclosing(pulled):
-            collected = []
             async for event in pulled:
                 if await request.is_disconnected():
                     return Response(status_code=499)
-                collected.append(event)
-        return JSONResponse(answer.whole(collected))
+                answer.take(event)
+        return JSONResponse(answer.whole())
 
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
@@ -177,9 +177,14 @@ async def _server_sent(first: Event, rest: Events, answer: Answer) -> AsyncGener
             for chunk in answer.chunks(event):
                 yield server_sent_event(chunk)
     except LorikeetError as error:
-        yield server_sent_event(error_body(str(error), kind=kind_of(status_of(error))))
+        yield server_sent_event(error_body(str(error), kind=kind_of(status_of(error)), param=_field_of(error)))
         return
     yield "data: [DONE]\n\n"
+
+
+def _field_of(error: LorikeetError) -> str | None:
+    """Return the field of a request that an error is about, if it is known."""
+    return error.field if isinstance(error, RequestError) else None
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -200,7 +205,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LorikeetError)
     async def known(_: Request, error: LorikeetError) -> Response:
-        response = answer(status_of(error), str(error))
+        response = answer(status_of(error), str(error), _field_of(error))
         if response.status_code == 503:
             response.headers["Retry-After"] = "2"
         return response
@@ -224,7 +229,9 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     text = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         return f"the body is no JSON: {problem.get('ctx', {}).get('error', text)}", None
-    field = ".".join(str(part) for part in problem["loc"][1:])
+    place = problem["loc"][1:]
+    # A wrong key of an object is the client's own text, and no field.
+    field = ".".join(str(part) for part in (place[:-2] if place[-1:] == ("[key]",) else place))[:200]
     if not field:
         named = text.partition(":")[0]
         return text, named if named.isidentifier() else None

@@ -1,43 +1,52 @@
 """The shapes of OpenAI's API: requests read and checked, answers and chunks written.
 
     request = ChatRequest.model_validate(body)
-    chunks = Chunks("chatcmpl-1", model="my-model")
+    answer = Answer("my-model")
+    answer.take(event)              # of each event; `chunks` takes it and returns what to send of it
+    answer.whole()
 
-Fields that would change the answer and are not served (`tools`, `logprobs`, …) are refused rather than ignored;
-those that change nothing (`user`, `metadata`, …) pass. It knows no HTTP.
+Fields that would change the answer and are not served (`n`, `audio`, …) are refused rather than ignored; those that
+change nothing (`user`, `metadata`, …) pass. What a request may ask of an answer beyond its length and sampling is in
+`wire_options`. It knows no HTTP.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from lorikeet.messages import Message, Source, Usage
-from lorikeet.serve.assistant import Done, Event, Found, SearchFailed, Searching, Text
+from lorikeet.messages import Message, Source, TokenLogprob, ToolCall, Usage
+from lorikeet.serve.assistant import Calling, Done, Event, Found, SearchFailed, Searching, Text
 from lorikeet.serve.note import Note
+from lorikeet.serve.wire_options import MAX_TOOLS, CalledTool, OptionFields, Strict
 from lorikeet.speech.encode import FASTEST, FORMATS, SLOWEST
 
 MAX_MESSAGES = 1024
 MAX_SPEECH_CHARACTERS = 4096
 """OpenAI's own limit of `input`."""
 
+LEAST_LOGPROB = -9999.0
+"""OpenAI's own figure for what never happens: JSON knows no infinity."""
+
 _SEEDS = 2**32 - 1
 """Seeds of llama.cpp are below this; OpenAI's are 64-bit and are folded into it."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "tools": ([],),
     "functions": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
 }
@@ -66,37 +75,63 @@ def _written(name: str) -> str:
     return name
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One turn of a request."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS)
+    """The functions that an assistant's turn called."""
+    tool_call_id: Annotated[str, Field(max_length=200)] | None = Field(None, validate_default=True)
+    """The call that a tool's turn is the result of."""
+    content: Annotated[str | None, BeforeValidator(_join_parts)] = Field(None, validate_default=True)
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _only_assistants_call(cls, calls: list[CalledTool] | None, info: ValidationInfo) -> list[CalledTool] | None:
+        if calls and info.data.get("role") != "assistant":
+            raise ValueError("only a turn of the assistant calls functions")
+        return calls
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _results_name_their_call(cls, call_id: str | None, info: ValidationInfo) -> str | None:
+        if not call_id and info.data.get("role") == "tool":
+            raise ValueError("is missing; a tool's turn names the call that it is the result of")
+        return call_id
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if content is None and not info.data.get("tool_calls"):
+            raise ValueError("is missing; only a turn that calls functions can be without")
+        return content
 
     def message(self) -> Message:
         """Return the turn as the assistant takes it; a developer's turn is a system turn."""
-        return Message("system" if self.role == "developer" else self.role, self.content)
+        return Message(
+            "system" if self.role == "developer" else self.role,
+            self.content or "",
+            tool_calls=tuple(call.call(index) for index, call in enumerate(self.tool_calls or ())),
+            tool_call_id=self.tool_call_id or "" if self.role == "tool" else "",
+        )
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool = False
 
 
-class Extension(_Strict):
+class Extension(Strict):
     """What Lorikeet adds to OpenAI's request."""
 
     model_config = ConfigDict(extra="forbid")
     search: Literal["auto", "off", "always"] = "off"
-    conversation: str = Field("", max_length=100)
+    conversation: Annotated[str, Field(max_length=100)] = ""
     """A kept conversation that this turn goes on with."""
 
 
-class ChatRequest(_Strict):
+class ChatRequest(OptionFields):
     """The body of `/v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -128,6 +163,26 @@ class ChatRequest(_Strict):
                 )
         return body
 
+    @field_validator("messages")
+    @classmethod
+    def _calls_have_results(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        """Check that each call of a function has its result right after it, and each result its call."""
+        waiting: set[str] = set()
+        for place, message in enumerate(messages):
+            if message.role == "tool":
+                if message.tool_call_id not in waiting:
+                    raise ValueError(
+                        f"turn {place} is a function's result, but no call before it has that tool_call_id"
+                    )
+                waiting.discard(message.tool_call_id)
+            elif waiting:
+                raise ValueError(f"turn {place} comes before the results of {', '.join(sorted(waiting))[:100]}")
+            else:
+                waiting = {call.id for call in message.tool_calls or ()}
+        if waiting and messages[-1].role == "tool":
+            raise ValueError(f"the results of {', '.join(sorted(waiting))[:100]} are missing")
+        return messages
+
     @property
     def answer_tokens(self) -> int | None:
         """The limit of the answer, under either of its names."""
@@ -139,7 +194,7 @@ class ChatRequest(_Strict):
         return None if self.seed is None else self.seed % _SEEDS
 
 
-class SpeechRequest(_Strict):
+class SpeechRequest(Strict):
     """The body of `/v1/audio/speech`."""
 
     input: str = Field(min_length=1, max_length=MAX_SPEECH_CHARACTERS)
@@ -148,27 +203,6 @@ class SpeechRequest(_Strict):
     response_format: Annotated[str, AfterValidator(_written)] = FORMATS[0]
     stream_format: Literal["audio", "sse"] = "audio"
     speed: float | None = Field(None, ge=SLOWEST, le=FASTEST)
-
-
-class SearchNotes:
-    """What a search of this answer did, for the response's `lorikeet` field."""
-
-    def __init__(self) -> None:
-        """Start with no search."""
-        self._search: dict[str, Any] | None = None
-
-    def note(self, event: Event) -> None:
-        """Take in one event."""
-        if isinstance(event, Searching):
-            self._search = {"reason": event.reason, "failed": None, "sources": []}
-        elif isinstance(event, Found) and self._search:
-            self._search["sources"] = [source_fields(source) for source in event.sources]
-        elif isinstance(event, SearchFailed) and self._search:
-            self._search["failed"] = event.message
-
-    def fields(self) -> dict[str, Any]:
-        """Return `{"search": None}`, or its reason, its failure (a string or None) and its sources."""
-        return {"search": self._search}
 
 
 def source_fields(source: Source) -> dict[str, str]:
@@ -184,14 +218,80 @@ def usage_fields(usage: Usage | None) -> dict[str, int] | None:
     return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
 
 
+def logprob_fields(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """Return OpenAI's `logprobs` of a choice; None without tokens."""
+    if not tokens:
+        return None
+    content = [{**_token(token), "top_logprobs": [_token(other) for other in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.token, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(token.bytes)}
+
+
+def _call_piece(call: ToolCall) -> dict[str, Any]:
+    """Return a piece of a call as a stream's delta has it: its id and name come once."""
+    if not call.id and not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **call.as_dict()}
+
+
+class Lorikeet:
+    """The `lorikeet` field of an answer: what OpenAI's shape has no place for."""
+
+    def __init__(self, *, clock_s: Callable[[], float]) -> None:
+        """Start with no search; times count from now."""
+        self._clock_s = clock_s
+        self._began_s = clock_s()
+        self._first_s: float | None = None
+        self._last_s = self._began_s
+        self._search: dict[str, Any] | None = None
+        self._usage: Usage | None = None
+
+    def note(self, event: Event) -> None:
+        """Take in one event as it comes."""
+        if isinstance(event, Searching):
+            self._search = {"reason": event.reason, "query": event.query, "failed": None, "sources": []}
+        elif isinstance(event, Found) and self._search:
+            numbered = enumerate(event.sources, start=1)
+            self._search["sources"] = [{"number": number, **source_fields(source)} for number, source in numbered]
+        elif isinstance(event, SearchFailed) and self._search:
+            self._search["failed"] = event.message
+        elif isinstance(event, Text | Calling) and self._first_s is None:
+            self._first_s = self._clock_s()
+        elif isinstance(event, Done):
+            self._last_s, self._usage = self._clock_s(), event.usage
+
+    def fields(self, note: Note | None) -> dict[str, Any]:
+        """Return the search (None if there was none), the times, and where the turn was kept (None if it was not)."""
+        kept = note and note.kept
+        memory = {"id": kept.id, "conversation": kept.conversation_id} if kept else None
+        return {"search": self._search, "timings": self._timings(), "memory": memory}
+
+    def _timings(self) -> dict[str, float | None]:
+        """Return the wait for the first token, line and search included, and the speed of those after it."""
+        if self._first_s is None:
+            return {"ttft_ms": None, "tokens_per_s": None}
+        later, elapsed_s = (self._usage.completion_tokens - 1 if self._usage else 0), self._last_s - self._first_s
+        speed = round(later / elapsed_s, 1) if later > 0 and elapsed_s > 0 else None
+        return {"ttft_ms": round((self._first_s - self._began_s) * 1000, 1), "tokens_per_s": speed}
+
+
 class Answer:
     """One answer on its way out, whole or in chunks, from the same events."""
 
-    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+    def __init__(
+        self, model: str, *, include_usage: bool = False, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
         """Begin an answer of `model`; with `include_usage` a stream ends with a chunk of usage."""
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._include_usage = include_usage
-        self._search = SearchNotes()
+        self._lorikeet = Lorikeet(clock_s=clock_s)
+        self._text = ""
+        self._logprobs: list[TokenLogprob] = []
+        self._calls: dict[int, ToolCall] = {}
+        self._done = Done("stop", None)
         self.note: Note | None = None
         """What is noted of the turn for the memory; None if it is not to be kept."""
 
@@ -200,13 +300,30 @@ class Answer:
         """The answer's name, by which feedback refers to it."""
         return str(self._head["id"])
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
-        """Return the chunks that `event` becomes; those of a search wait for the last one."""
-        self._search.note(event)
+    def take(self, event: Event) -> None:
+        """Take in one event as it comes."""
+        self._lorikeet.note(event)
         if isinstance(event, Text):
-            return [self._chunk({"content": event.text})]
+            self._text += event.text
+            self._logprobs += event.logprobs
+        elif isinstance(event, Calling):
+            for piece in event.calls:
+                call = self._calls.setdefault(piece.index, ToolCall(piece.index, "", "", ""))
+                self._calls[piece.index] = ToolCall(
+                    piece.index, call.id or piece.id, call.name or piece.name, call.arguments + piece.arguments
+                )
+        elif isinstance(event, Done):
+            self._done = event
+
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """Take in an event and return the chunks that it becomes; those of a search wait for the last one."""
+        self.take(event)
+        if isinstance(event, Text):
+            return [self._chunk({"content": event.text}, logprobs=logprob_fields(event.logprobs))]
+        if isinstance(event, Calling):
+            return [self._chunk({"tool_calls": [_call_piece(call) for call in event.calls]})]
         if isinstance(event, Done):
-            last = self._chunk({}, event.finish_reason) | {"lorikeet": self._extension()}
+            last = self._chunk({}, event.finish_reason) | {"lorikeet": self._lorikeet.fields(self.note)}
             usage = self._chunk(None) | {"usage": usage_fields(event.usage)}
             return [last, usage] if self._include_usage else [last]
         return []
@@ -215,28 +332,27 @@ class Answer:
         """Return the chunk that names the role, which opens a stream."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
-        """Return the answer as one object."""
-        text, reason, usage = "", "stop", None
-        for event in events:
-            self._search.note(event)
-            if isinstance(event, Text):
-                text += event.text
-            elif isinstance(event, Done):
-                reason, usage = event.finish_reason, event.usage
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_fields(usage)}
-        return answer | {"lorikeet": self._extension()}
+    def whole(self) -> dict[str, Any]:
+        """Return the answer of the events so far as one object."""
+        message: dict[str, Any] = {"role": "assistant", "content": self._text, "refusal": None}
+        if self._calls:
+            message |= {
+                "content": self._text or None,
+                "tool_calls": [c.as_dict() for _, c in sorted(self._calls.items())],
+            }
+        choice = {"index": 0, "message": message, "logprobs": logprob_fields(self._logprobs)}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice | {"finish_reason": self._done.finish_reason}],
+            "usage": usage_fields(self._done.usage),
+            "lorikeet": self._lorikeet.fields(self.note),
+        }
 
-    def _extension(self) -> dict[str, Any]:
-        """Return the `lorikeet` field: the search, and where the turn was kept (None if it was not)."""
-        kept = self.note and self.note.kept
-        memory = {"id": kept.id, "conversation": kept.conversation_id} if kept else None
-        return {**self._search.fields(), "memory": memory}
-
-    def _chunk(self, delta: dict[str, Any] | None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, delta: dict[str, Any] | None, finish_reason: str | None = None, *, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Return a chunk with `delta`, or with no choice if it is None."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice] if delta is not None else []}
         return chunk | ({"usage": None} if self._include_usage else {})
