@@ -218,10 +218,6 @@ class ServeConfig:
     """How many written requests are answered at once; a spoken one has a slot besides."""
     queue: int = 32
     """How many more may wait; beyond that the answer is 503."""
-    with_base: bool = False
-    """Serve a run's base model beside the tuned one, under the name RUN-base."""
-    public: bool = False
-    """Let other machines in without a key; requests are then limited by address."""
     max_answer_tokens: int = 512
     """Longest answer unless the request says less."""
     temperature: float = 0.3
