@@ -16,9 +16,10 @@ import pytest
 
 from lorikeet.errors import MachineError
 from lorikeet.serve.assistant import Assistant
+from lorikeet.serve.audio import MAX_FILE_S
 from lorikeet.serve.http import create_app
 from lorikeet.speech import HEARING_HZ, Samples
-from lorikeet.speech.audio import decode, decode_pcm16, resample
+from lorikeet.speech.audio import decode, decode_pcm16, encode_wav, resample
 from lorikeet.speech.encode import ENCODED_HZ, FORMATS
 from tests.serve.fakes import CountingEars, ScriptedEngine, ToneVoice, served, serving
 
@@ -45,13 +46,18 @@ class CountedVoice(ToneVoice):
             yield samples
 
 
-def app_of(voice: Any) -> Any:
-    return create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=CountingEars(), voice=voice, page=False)
+def app_of(voice: Any, ears: Any = None) -> Any:
+    return create_app(serving(Assistant(ScriptedEngine()), "parrot"), ears=ears, voice=voice, page=False)
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with served(app_of(CountedVoice())) as base:
+def ears() -> CountingEars:
+    return CountingEars()
+
+
+@pytest.fixture(scope="module")
+def url(ears: CountingEars) -> Iterator[str]:
+    with served(app_of(CountedVoice(), ears)) as base:
         yield base
 
 
@@ -165,3 +171,80 @@ def test_many_speeches_at_once_leave_the_server_free() -> None:
         for thread in threads:
             thread.join(20)
     assert sizes == [2 * ENCODED_HZ] * 8
+
+
+def tone(seconds: float) -> Samples:
+    return (0.4 * np.sin(np.arange(int(seconds * HEARING_HZ)) / 20)).astype(np.float32)
+
+
+TONE = ("tone.wav", encode_wav(tone(2.0), HEARING_HZ))
+SILENCE = ("silence.wav", encode_wav(np.zeros(HEARING_HZ, np.float32), HEARING_HZ))
+
+
+def test_a_transcript_comes_in_every_format(client: openai.OpenAI) -> None:
+    def ask(name: Any, file: Any = TONE) -> Any:
+        return client.audio.transcriptions.create(model="whisper-1", file=file, response_format=name)
+
+    assert ask("json").text == "I heard 2.0 seconds."
+    assert ask("text") == "I heard 2.0 seconds.\n"
+    assert ask("srt") == "1\n00:00:00,500 --> 00:00:02,000\nI heard 2.0 seconds.\n\n"
+    assert ask("vtt") == "WEBVTT\n\n00:00:00.500 --> 00:00:02.000\nI heard 2.0 seconds.\n\n"
+    verbose = ask("verbose_json")
+    assert (verbose.text, verbose.language, verbose.duration) == ("I heard 2.0 seconds.", "en", 2.0)
+    (segment,) = verbose.segments
+    assert (segment.id, segment.start, segment.end, segment.text) == (0, 0.5, 2.0, "I heard 2.0 seconds.")
+    assert (verbose.words, verbose.usage.seconds) == (None, 2)
+    assert [ask(name, SILENCE) for name in ("text", "srt", "vtt")] == ["\n", "", "WEBVTT\n\n"]
+    assert (ask("verbose_json", SILENCE).text, ask("verbose_json", SILENCE).segments) == ("", [])
+
+
+def test_words_have_times_where_they_are_asked_for(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "whisper-1", "file": TONE, "response_format": "verbose_json"}
+    words = client.audio.transcriptions.create(**ask, timestamp_granularities=["word"])
+    assert [word.word for word in words.words] == ["I", "heard", "2.0", "seconds."]
+    assert words.words[1].start == pytest.approx(0.875)
+    assert words.segments is None
+    both = client.audio.transcriptions.create(**ask, timestamp_granularities=["word", "segment"])
+    assert (len(both.words), len(both.segments)) == (4, 1)
+
+
+def test_the_options_reach_the_ears(client: openai.OpenAI, ears: CountingEars) -> None:
+    client.audio.transcriptions.create(
+        model="whisper-1", file=TONE, language="EN", prompt="A rail line, Brannock", temperature=0.4
+    )
+    assert ears.asked[-1] == {
+        "language": "en", "prompt": "A rail line, Brannock", "temperature": 0.4, "words": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"response_format": "diarized_json"}, "response_format"), ({"temperature": "1.5"}, "temperature"),
+        ({"temperature": "nan"}, "temperature"), ({"temperature": "warm"}, "temperature"),
+        ({"prompt": "x" * 4001}, "prompt"), ({"stream": "true"}, "stream"), ({"include[]": "logprobs"}, "include"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"timestamp_granularities[]": "letter", "response_format": "verbose_json"}, "timestamp_granularities"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_of_a_transcription_is_400_and_named(url: str, fields: dict[str, str], named: str) -> None:
+    response = httpx.post(f"{url}/v1/audio/transcriptions", data=fields, files={"file": TONE})
+    assert response.status_code == 400
+    assert named in response.json()["error"]["message"]
+
+
+def test_a_recording_that_is_too_long_or_missing_is_400(url: str) -> None:
+    long = encode_wav(np.zeros(int((MAX_FILE_S + 1) * HEARING_HZ), np.float32), HEARING_HZ)
+    response = httpx.post(f"{url}/v1/audio/transcriptions", files={"file": ("long.wav", long)})
+    assert (response.status_code, response.json()["error"]["message"]) == (
+        400, "the audio is longer than 300 seconds; give a shorter one",
+    )  # fmt: skip
+    for request in ({"data": {"model": "whisper-1"}}, {"files": {"files": TONE}}, {"data": {"file": "a.wav"}}):
+        response = httpx.post(f"{url}/v1/audio/transcriptions", **request)  # type: ignore[arg-type]
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "file")
+
+
+def test_translations_are_refused_in_words(url: str) -> None:
+    response = httpx.post(f"{url}/v1/audio/translations", files={"file": ("a.wav", b"x" * (2 << 20))})
+    assert response.status_code == 404
+    assert response.json()["error"]["message"].startswith("translations are not made here")

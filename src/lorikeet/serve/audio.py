@@ -1,4 +1,4 @@
-"""The API's sound: `/v1/audio/transcriptions` and `/v1/audio/speech`, in OpenAI's shapes.
+"""The API's sound: `/v1/audio/speech` and `/v1/audio/transcriptions`, in OpenAI's shapes.
 
     add_audio_routes(app, ears, voice)      # None: the route says that the server does not hear, or does not speak
 
@@ -8,14 +8,16 @@ It owns these two routes; `speech` hears, speaks and writes files, `http.create_
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import closing
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
 
 import anyio
-from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import FastAPI, Form, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from lorikeet.errors import InputError, LorikeetError
@@ -23,11 +25,12 @@ from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, error_body
 from lorikeet.serve.models import UnknownModelError
 from lorikeet.serve.stream import ClosingResponse, kind_of, pull, server_sent_event, status_of
 from lorikeet.serve.wire import SpeechRequest
-from lorikeet.speech import Ears, Samples, Voice
+from lorikeet.speech import Ears, Samples, Segment, TimedTranscript, Voice, Word
 from lorikeet.speech.audio import decode
 from lorikeet.speech.clauses import split_clauses
 from lorikeet.speech.encode import change_speed, encode, media_type
 from lorikeet.speech.sayable import sayable
+from lorikeet.speech.subtitles import write_srt, write_vtt
 
 HEARING_MODELS = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe", "default")
 SPEAKING_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "default")
@@ -37,31 +40,109 @@ VOICES = (
 )  # fmt: skip
 """Names that OpenAI's clients send by habit; they mean what is served."""
 
+MAX_FILE_S = 300.0
+"""Longer recordings would keep the ears from everybody's turns for minutes."""
+
+MAX_PROMPT_CHARACTERS = 4000
+"""Whisper itself reads the last 223 tokens."""
+
 SPEAKING_THREADS = 4
 """Speeches that are made at once; further ones wait without a thread. A voice speaks one clause at a time anyway."""
+
+
+class TranscriptionRequest(BaseModel):
+    """The form of `/v1/audio/transcriptions`."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    file: UploadFile
+    model: str = "default"
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+    language: str = Field("", max_length=20)
+    prompt: str = Field("", max_length=MAX_PROMPT_CHARACTERS)
+    temperature: float = Field(0.0, ge=0, le=1)
+    stream: Literal["false", "False", "0", ""] = "false"
+    granularities: list[Literal["word", "segment"]] = Field([], alias="timestamp_granularities[]", max_length=2)
+    include: list[str] = Field([], alias="include[]", max_length=0)
+    """`logprobs` of OpenAI's newer models, which is not served."""
+
+    @model_validator(mode="after")
+    def _times_have_a_place(self) -> Self:
+        if self.granularities and self.response_format != "verbose_json":
+            raise ValueError("timestamp_granularities: only response_format 'verbose_json' has room for times")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the words alone are asked for, as they are heard."""
+        return self.response_format in {"json", "text"} and not (self.language or self.prompt or self.temperature)
+
+    def written(self, heard: TimedTranscript, text: str) -> Response:
+        """Return what was heard in the format that is asked for."""
+        if self.response_format == "text":
+            return PlainTextResponse(text + "\n")
+        if self.response_format == "srt":
+            return PlainTextResponse(write_srt(heard.segments), media_type="application/x-subrip")
+        if self.response_format == "vtt":
+            return PlainTextResponse(write_vtt(heard.segments), media_type="text/vtt")
+        answer: dict[str, Any] = {"text": text, "usage": {"type": "duration", "seconds": math.ceil(heard.duration_s)}}
+        if self.response_format == "verbose_json":
+            answer |= {"task": "transcribe", "language": heard.language, "duration": round(heard.duration_s, 2)}
+            if "segment" in self.granularities or not self.granularities:
+                answer["segments"] = [segment_fields(number, segment) for number, segment in enumerate(heard.segments)]
+            if "word" in self.granularities:
+                answer["words"] = [word_fields(word) for segment in heard.segments for word in segment.words]
+        return JSONResponse(answer)
+
+
+def segment_fields(number: int, segment: Segment) -> dict[str, Any]:
+    """Return OpenAI's object of a segment; `seek`, in hundredths of a second, is where it begins."""
+    return {
+        "id": number,
+        "seek": round(segment.start_s * 100),
+        "start": segment.start_s,
+        "end": segment.end_s,
+        "text": segment.text,
+        "tokens": list(segment.tokens),
+        "temperature": segment.temperature,
+        "avg_logprob": segment.log_probability,
+        "compression_ratio": segment.compression,
+        "no_speech_prob": segment.no_speech_probability,
+    }
+
+
+def word_fields(word: Word) -> dict[str, Any]:
+    """Return OpenAI's object of a word."""
+    return {"word": word.text, "start": word.start_s, "end": word.end_s}
 
 
 def add_audio_routes(app: FastAPI, ears: Ears | None, voice: Voice | None) -> None:
     """Add the two routes to `app`; without `ears` or `voice` theirs answers 400."""
 
     @app.post("/v1/audio/transcriptions")
-    def transcribe(
-        file: Annotated[UploadFile, File()],
-        model: Annotated[str, Form()] = "default",
-        response_format: Annotated[str, Form()] = "json",
-    ) -> Response:
+    def transcribe(request: Annotated[TranscriptionRequest, Form()]) -> Response:
         if ears is None:
             raise InputError("this server does not hear: it was started with --ears off")
-        _check_model(model, (*HEARING_MODELS, ears.name))
-        if response_format not in {"json", "text"}:
-            raise InputError(f"response_format {response_format[:40]!r} is not served; there are: json, text")
-        data = file.file.read(AUDIO_LIMIT_BYTES + 1)
+        _check_model(request.model, (*HEARING_MODELS, ears.name))
+        data = request.file.file.read(AUDIO_LIMIT_BYTES + 1)
         if len(data) > AUDIO_LIMIT_BYTES:
             raise HTTPException(413, f"the file is too large; at most {AUDIO_LIMIT_BYTES >> 20} MiB are taken")
-        transcript = ears.transcribe(decode(data))
-        if response_format == "text":
-            return PlainTextResponse(transcript.text + "\n")
-        return JSONResponse({"text": transcript.text})
+        samples = decode(data, max_seconds=MAX_FILE_S)
+        if request.is_plain:
+            # No time is asked for: a short clip is then heard as fast as a spoken turn.
+            heard = ears.transcribe(samples)
+            return request.written(TimedTranscript((), "", heard.duration_s), heard.text)
+        timed = ears.transcribe_timed(
+            samples,
+            language=request.language.lower(),
+            prompt=request.prompt,
+            temperature=request.temperature,
+            words="word" in request.granularities,
+        )
+        return request.written(timed, timed.text)
+
+    @app.post("/v1/audio/translations")
+    def translate() -> None:
+        raise HTTPException(404, "translations are not made here; /v1/audio/transcriptions writes down what is said")
 
     limiter = anyio.CapacityLimiter(SPEAKING_THREADS)
 

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 JSON_LIMIT_BYTES = 1 << 20
 AUDIO_LIMIT_BYTES = 25 << 20
-AUDIO_PATHS = ("/v1/audio/transcriptions", "/gradio_api/upload")
+AUDIO_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/gradio_api/upload")
 ENVELOPE_BYTES = 64 << 10
 """What multipart puts around a file."""
 
