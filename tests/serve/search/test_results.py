@@ -76,5 +76,5 @@ def test_the_budget_follows_speed_and_context(
 def test_an_engine_that_counts_nothing_is_not_measured() -> None:
     engine = ScriptedEngine()
     assert measure_prefill(engine, context_tokens=4096) is None  # it says 7 tokens for any prompt
-    assert [options["max_tokens"] for options in engine.options] == [1, 1]
+    assert [options["max_tokens"] for options in engine.options] == [1] * 4
     assert {options["seed"] for options in engine.options} == {0}

@@ -13,7 +13,7 @@ from contextlib import closing
 from lorikeet.engine import Engine
 from lorikeet.messages import Message
 
-SHORT_WORDS, LONG_WORDS = 16, 400
+SHORT_WORDS, LONG_WORDS = 16, 240
 """Words of the two texts that are timed; what one costs more than the other is the prefill alone."""
 
 LEAST_TOKENS, MOST_TOKENS = 96, 1024
@@ -25,12 +25,19 @@ _WORDS = ("apple", "river", "stone", "cloud", "light", "paper", "green", "north"
 def measure_prefill(engine: Engine, *, context_tokens: int) -> float | None:
     """Return how many tokens of a prompt `engine` reads a second; None where it does not say how many it read.
 
-    Two texts of random words are read, so that no cache has them, and one token is written after each.
+    Two texts of random words are read, so that no cache has them, and one token is written after each. The faster of
+    two tries counts: what else a starting machine does slows one of them.
     """
+    speeds = [_measure_once(engine, long_words=min(LONG_WORDS, context_tokens // 3)) for _ in range(2)]
+    return max(speeds) or None
+
+
+def _measure_once(engine: Engine, *, long_words: int) -> float:
+    """Return the tokens a second, or 0 where nothing can be said."""
     short_s, short_tokens = _time(engine, SHORT_WORDS)
-    long_s, long_tokens = _time(engine, min(LONG_WORDS, context_tokens // 3))
+    long_s, long_tokens = _time(engine, long_words)
     if long_tokens <= short_tokens or long_s <= short_s:
-        return None
+        return 0.0
     return (long_tokens - short_tokens) / (long_s - short_s)
 
 
