@@ -240,7 +240,7 @@ def test_a_recording_that_is_too_long_or_missing_is_400(url: str) -> None:
         400, "the audio is longer than 300 seconds; give a shorter one",
     )  # fmt: skip
     for request in ({"data": {"model": "whisper-1"}}, {"files": {"files": TONE}}, {"data": {"file": "a.wav"}}):
-        response = httpx.post(f"{url}/v1/audio/transcriptions", **request)  # type: ignore[arg-type]
+        response = httpx.post(f"{url}/v1/audio/transcriptions", **request)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "file")
 
 
