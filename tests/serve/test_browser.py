@@ -31,9 +31,9 @@ PARROTS = ("Parrots ", "are ", "green, ", "blue ", "and ", "orange ", "birds.")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 SOURCES = (
     Source(
-        f"Oslo {EVIL}", 'https://weather.example/oslo?a=1&b="><script>window.hacked=1</script>', f"Light snow. {EVIL}"
+        f"Oslo {EVIL}", 'https://weather.example/oslo?a=1&b="><script>window.hacked=1</script>', f"Weather: light snow. {EVIL}"
     ),
-    Source("No link", "javascript:window.hacked=1", "x"),
+    Source("No link", "javascript:window.hacked=1", "weather x"),
 )
 PATIENCE_MS = 30_000
 

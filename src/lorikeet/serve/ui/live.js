@@ -179,7 +179,7 @@
 
   // The chat as it is, for the assistant to know what was said before.
   function before() {
-    const rows = [...document.querySelectorAll("#chat .message-row")].map((row) => {
+    const rows = [...document.querySelectorAll("#chat .message-row:not(:has(.cited))")].map((row) => {
       const text = row.querySelector(".message-content")?.innerText.trim() || "";
       return [row.classList.contains("user-row") ? "user" : "assistant", text];
     });

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import gradio as gr
 import numpy as np
@@ -53,6 +54,7 @@ LIVE_SCRIPTS = ("live.js", "live_worklet.js")
 SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
 
 
+_MARK = re.compile(r"\[(\d{1,2})\](?!\()")
 _log = logging.getLogger(__name__)
 
 
@@ -173,7 +175,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             with gr.Row(elem_id="tools"):
                 search = gr.Radio(
                     SEARCH_CHOICES if assistant.can_search else SEARCH_CHOICES[1:2],
-                    value="auto" if assistant.can_search else "off",
+                    value=assistant.search_when,
                     elem_id="search",
                     label="Web search",
                     interactive=assistant.can_search,
@@ -255,7 +257,9 @@ def keep_spoken(handed: str, talk: Talk) -> tuple[Any, Any]:
         talk.shown.append(_spoken_search(turn.search))
     if turn.said:
         talk.turns.append(Message("assistant", turn.said))
-        talk.shown.append({"role": "assistant", "content": turn.said + (" …" if turn.cut else "")})
+        sources = _spoken_sources(turn.search)
+        talk.shown.append({"role": "assistant", "content": _linked(turn.said, sources) + (" …" if turn.cut else "")})
+        talk.shown.extend(_below(sources))
     else:
         talk.turns.pop()
     return talk.shown, _notice(turn.problem)
@@ -265,9 +269,13 @@ def _spoken_search(search: SpokenSearch) -> dict[str, Any]:
     if search.failed:
         why = f'<p class="failed">{html.escape(search.failed)}. The answer goes on without it.</p>'
         return _search_block(f"Search failed: {search.reason}", why)
-    sources = tuple(Source(source.title, source.url, source.snippet) for source in search.sources)
+    sources = _spoken_sources(search)
     count = f"{len(sources)} source{'s' if len(sources) != 1 else ''}"
     return _search_block(f"Searched the web: {search.reason} · {count}", _sources(sources))
+
+
+def _spoken_sources(search: SpokenSearch | None) -> tuple[Source, ...]:
+    return tuple(Source(source.title, source.url, source.snippet) for source in search.sources) if search else ()
 
 
 def hear(ears: Ears, path: Path) -> tuple[str, str]:
@@ -325,12 +333,14 @@ def _shown_events(events: Iterator[Event], talk: Talk) -> Iterator[str]:
     """Write events into `talk.shown` and yield the answer so far, whenever there is something new to see."""
     text, block, last = "", None, 0.0
     reason = ""
+    sources: tuple[Source, ...] = ()
     for event in events:
         if isinstance(event, Searching):
             reason = event.reason
             block = len(talk.shown)
             talk.shown.append(_search_block(f"Searching the web: {reason}", "", pending=True))
         elif isinstance(event, Found) and block is not None:
+            sources = event.sources
             count = f"{len(event.sources)} source{'s' if len(event.sources) != 1 else ''}"
             talk.shown[block] = _search_block(f"Searched the web: {reason} · {count}", _sources(event.sources))
         elif isinstance(event, SearchFailed) and block is not None:
@@ -340,13 +350,14 @@ def _shown_events(events: Iterator[Event], talk: Talk) -> Iterator[str]:
             if not text:
                 talk.shown.append({"role": "assistant", "content": ""})
             text += event.text
-            talk.shown[-1] = {"role": "assistant", "content": text}
+            talk.shown[-1] = {"role": "assistant", "content": _linked(text, sources)}
             if time.monotonic() - last < REFRESH_S:
                 continue
             last = time.monotonic()
-        elif isinstance(event, Done) and event.finish_reason == "length":
-            text += " …"
-            talk.shown[-1] = {"role": "assistant", "content": text}
+        elif isinstance(event, Done) and text:
+            text += " …" if event.finish_reason == "length" else ""
+            talk.shown[-1] = {"role": "assistant", "content": _linked(text, sources)}
+            talk.shown.extend(_below(sources))
         yield text
 
 
@@ -360,6 +371,25 @@ def _sources(sources: tuple[Source, ...]) -> str:
     """Return sources as a numbered list of links, on one line so that it stays one block of HTML in Markdown."""
     items = "".join(f"<li>{_link(source)}<span>{_plain(source.snippet, 220)}</span></li>" for source in sources)
     return f'<ol class="sources">{items}</ol>'
+
+
+def _below(sources: tuple[Source, ...]) -> list[dict[str, Any]]:
+    """Return the line of numbered links that stands below an answer; nothing without sources. It is not spoken."""
+    links = " ".join(f"<span>{number} {_link(source)}</span>" for number, source in enumerate(sources, start=1))
+    return [{"role": "assistant", "content": f'<p class="cited">{links}</p>'}] if sources else []
+
+
+def _linked(text: str, sources: tuple[Source, ...]) -> str:
+    """Return an answer in Markdown with each mark `[n]` of a source made a link to it; other marks stay text."""
+
+    def link(mark: re.Match[str]) -> str:
+        number = int(mark[1])
+        url = sources[number - 1].url if 1 <= number <= len(sources) else ""
+        # Percent signs hold what could end the link's address.
+        address = quote(url, safe=":/?#[]@!$&'*+,;=%~-._")
+        return f"[\\[{number}\\]](<{address}>)" if urlsplit(url).scheme in {"http", "https"} else mark[0]
+
+    return _MARK.sub(link, text)
 
 
 def _link(source: Source) -> str:
