@@ -353,7 +353,7 @@ def memory(
     json
         Print the list as one JSON document.
     """
-    from lorikeet.serve.memory_command import check_outputs, table, write_preferences, write_sft
+    from lorikeet.serve.memory_command import check_outputs, counted, table, write_preferences, write_sft
     from lorikeet.serve.store import Store
 
     if rated_only and sft is None:
@@ -371,7 +371,7 @@ def memory(
                 raise InputError(f"{file} holds no conversation {delete!r}; lorikeet memory {file} lists them")
             _say(f"deleted 1 conversation from {file}")
         if delete_all:
-            _say(f"deleted {store.delete_all()} conversations from {file}")
+            _say(f"deleted {counted(store.delete_all(), 'conversation')} from {file}")
         if json:
             print(json_module.dumps({"file": str(file), "conversations": store.summaries()}, indent=2))
         elif sft is None and preferences is None and delete is None and not delete_all:

@@ -268,7 +268,7 @@ def test_what_is_deleted_is_gone(path: Path, capsys: pytest.CaptureFixture[str])
     assert SECRET.encode() not in path.read_bytes()
     assert b"marimba" in path.read_bytes()
     code, out, error = memory(path, "--delete-all", "--json", capsys=capsys)
-    assert (code, json.loads(out)["conversations"], error) == (0, [], f"deleted 1 conversations from {path}\n")
+    assert (code, json.loads(out)["conversations"], error) == (0, [], f"deleted 1 conversation from {path}\n")
     assert b"marimba" not in path.read_bytes()
     assert memory(path, capsys=capsys) == (0, "no conversations are kept\n", "")
 

@@ -39,21 +39,27 @@ def write_sft(store: Store, out: Path, *, rated_only: bool) -> str:
     """Write `sft_rows` as JSON lines and return the counts in a line. Raises InputError, MachineError."""
     rows = answers = 0
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def noted() -> Iterator[dict[str, Any]]:
         nonlocal rows, answers
         for row in sft_rows(store.conversations(), rated_only=rated_only):
             rows += 1
             answers += sum(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in row["messages"])
             yield row
 
-    _write(out, counted())
-    return f"{out}: {rows} rows with {answers} answers to learn from, of {_turns(store)} turns kept"
+    _write(out, noted())
+    learned = f"{counted(rows, 'row')} with {counted(answers, 'answer')} to learn from"
+    return f"{out}: {learned}, of {_turns(store)} kept"
 
 
 def write_preferences(store: Store, out: Path) -> str:
     """Write `preference_rows` as JSON lines and return the counts in a line. Raises InputError, MachineError."""
     rows = _write(out, preference_rows(store.conversations()))
-    return f"{out}: {rows} rows, each an answer and its correction, of {_turns(store)} turns kept"
+    return f"{out}: {counted(rows, 'row')}, each an answer and its correction, of {_turns(store)} kept"
+
+
+def counted(number: int, thing: str) -> str:
+    """Return `1 row`, `2 rows` and the like."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def check_outputs(memory: Path, outputs: Iterable[Path | None]) -> None:
@@ -81,8 +87,8 @@ def _write(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def _turns(store: Store) -> int:
-    return sum(row["turns"] for row in store.summaries())
+def _turns(store: Store) -> str:
+    return counted(sum(row["turns"] for row in store.summaries()), "turn")
 
 
 def _first_words(text: str) -> str:
