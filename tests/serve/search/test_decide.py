@@ -152,3 +152,11 @@ def test_old_turns_and_long_ones_do_not_leave() -> None:
     long = plan_search(["word " * 500], today=TODAY, always=True)
     assert long is not None and len(long.query) <= MAX_QUERY_CHARACTERS
     assert plan_search(["?!"], today=TODAY, always=True) is None
+
+
+def test_a_topic_is_lent_by_the_last_two_turns_alone() -> None:
+    turns = ["What is the weather in Oldtown?", "and tomorrow?", "and tonight?", "what about next week?"]
+    plan = plan_search(turns, today=TODAY)
+    assert plan is not None and "Oldtown" not in plan.query
+    nearer = plan_search([turns[0], *turns[2:]], today=TODAY)
+    assert nearer is not None and nearer.query == "What is the weather in Oldtown next week"
