@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from lorikeet.errors import LorikeetError, RequestError
@@ -27,6 +27,7 @@ from lorikeet.serve.guard import LOOPBACK_HOSTS, Guard, error_body
 from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
 from lorikeet.serve.models import Models, Served, UnknownModelError
 from lorikeet.serve.note import Note
+from lorikeet.serve.openapi import CHAT, ERRORS, HEALTH, ModelCard, ModelList
 from lorikeet.serve.queue import BusyError
 from lorikeet.serve.stream import ClosingResponse, kind_of, pull, server_sent_event, status_of
 from lorikeet.serve.voice.realtime import Door
@@ -56,7 +57,7 @@ def create_app(
     routes and buttons say so. With an `api_key` everything but /health asks for it. `hosts` are the names under which the server may be reached, None
     for any.
     """
-    app = FastAPI(title="Lorikeet", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Lorikeet", docs_url=None, redoc_url=None, openapi_url=None, responses=ERRORS)
     app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     _add_error_handlers(app)
     _add_models(app, models)
@@ -68,7 +69,7 @@ def create_app(
     add_memory_routes(app, models.default.assistant.memory, metrics.registry)
     _add_realtime(app, models.default, ears=ears, voice=voice, metrics=metrics)
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     def unknown(path: str, request: Request) -> None:
         raise HTTPException(404, f"there is no {request.method} /v1/{path} here")
 
@@ -82,18 +83,18 @@ def create_app(
 def _add_models(app: FastAPI, served: Models) -> None:
     created_s = int(time.time())
 
-    @app.get("/health")
+    @app.get("/health", responses=HEALTH)
     def health() -> Response:
         problems = [f"{model.name}: {problem}" for model in served if (problem := model.assistant.problem())]
         if not problems:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "failed", "reason": "; ".join(problems)}, status_code=503)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList)
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(model, created_s) for model in served]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
     def model(name: str) -> dict[str, Any]:
         return _model_card(served.choose(name), created_s)
 
@@ -109,7 +110,7 @@ def _add_chat(app: FastAPI, models: Models) -> None:
     queue = models.default.assistant.queue
     limiter = anyio.CapacityLimiter(queue.slots + queue.places + SPARE_THREADS)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = models.choose(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -143,7 +144,7 @@ def _add_chat(app: FastAPI, models: Models) -> None:
 
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def numbers() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 

@@ -75,6 +75,13 @@ def _written(name: str) -> str:
     return name
 
 
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(Strict):
     """One turn of a request."""
 
@@ -83,7 +90,9 @@ class ChatMessage(Strict):
     """The functions that an assistant's turn called."""
     tool_call_id: Annotated[str, Field(max_length=200)] | None = Field(None, validate_default=True)
     """The call that a tool's turn is the result of."""
-    content: Annotated[str | None, BeforeValidator(_join_parts)] = Field(None, validate_default=True)
+    content: Annotated[str | None, BeforeValidator(_join_parts, json_schema_input_type=str | list[TextPart] | None)] = (
+        Field(None, validate_default=True)
+    )
 
     @field_validator("tool_calls")
     @classmethod
@@ -145,7 +154,7 @@ class ChatRequest(OptionFields):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] | None,
-        BeforeValidator(_list),
+        BeforeValidator(_list, json_schema_input_type=str | list[str] | None),
         Field(max_length=4),
     ] = None
     store: bool | None = None
