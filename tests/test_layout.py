@@ -24,7 +24,7 @@ FLOORS = (
 """Ground first; a module may import from its own floor or below, a stage from no other stage."""
 
 STAGES = FLOORS[3]
-PAGE_MAY_SEE = {"serve.assistant", "serve.note", "serve.ui", "serve.voice"}
+PAGE_MAY_SEE = {"serve.assistant", "serve.memory", "serve.note", "serve.ui", "serve.voice"}
 """What of its own stage the page and the voice may see; `speech` and the floors below are open to both."""
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import shutil
 import wave
@@ -17,6 +19,11 @@ import pytest
 from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
+from lorikeet.serve.memory import Memory
+from lorikeet.serve.store import Store
+from lorikeet.serve.ui.page import keep_spoken
+from lorikeet.serve.ui.recall import correct, forget, rate
+from lorikeet.serve.ui.talk import Talk
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode, encode_wav
 from lorikeet.speech.hear import load_ears
@@ -31,11 +38,15 @@ PARROTS = ("Parrots ", "are ", "green, ", "blue ", "and ", "orange ", "birds.")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 SOURCES = (
     Source(
-        f"Oslo {EVIL}", 'https://weather.example/oslo?a=1&b="><script>window.hacked=1</script>', f"Weather: light snow. {EVIL}"
+        f"Oslo {EVIL}",
+        'https://weather.example/oslo?a=1&b="><script>window.hacked=1</script>',
+        f"Weather: light snow. {EVIL}",
     ),
     Source("No link", "javascript:window.hacked=1", "weather x"),
 )
 PATIENCE_MS = 30_000
+SHOTS = os.environ.get("LORIKEET_SHOTS")
+"""A folder to put pictures of the page in, for people to look at."""
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +105,9 @@ def page_of(browser: Any, url: str) -> Iterator[Any]:
 
 def open_page(browser: Any, engine: ScriptedEngine, **parts: Any) -> Any:
     provider = parts.pop("provider", None)
-    key = parts.pop("api_key", None)
-    app = create_app(serving(Assistant(engine, provider=provider), "parrot-1"), api_key=key, **parts)
+    key, memory = parts.pop("api_key", None), parts.pop("memory", None)
+    assistant = Assistant(engine, provider=provider, memory=memory)
+    app = create_app(serving(assistant, "parrot-1"), api_key=key, **parts)
 
     @contextmanager
     def opened() -> Iterator[Any]:
@@ -285,3 +297,147 @@ def test_the_page_fits_a_phone(browser: Any, ears: Ears) -> None:
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 390
             assert box["y"] + box["height"] <= 844
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    with Memory.open(tmp_path / "memory.db", days=30) as opened:
+        yield opened
+
+
+def remembered(memory: Memory) -> list[dict[str, Any]]:
+    """Return every turn that is in the memory's file."""
+    with Store.open(memory.path, create=False) as store:
+        return [turn for conversation in store.conversations() for turn in conversation["turns"]]
+
+
+def thumb(page: Any, name: str, number: int = 0) -> None:
+    """Press a thumb below an answer."""
+    buttons = page.locator('#chat .message-buttons:has([aria-label^="Like"])').nth(number)
+    buttons.get_by_label(name, exact=True).click()
+
+
+def wait_until(page: Any, condition: Any) -> None:
+    for _ in range(100):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it did not come to pass within 5 s")
+
+
+def shoot(page: Any, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=str(Path(SHOTS) / name))
+
+
+def test_thumbs_and_better_answers_arrive_in_the_memory(browser: Any, memory: Memory) -> None:
+    engine = ScriptedEngine("Light snow.")
+    with open_page(browser, engine, provider=ScriptedProvider(*SOURCES), memory=memory) as page:
+        assert page.inner_text("#memory-line") == "Conversations are kept on the server, in memory.db for 30 days."
+        assert not page.is_visible("#forget"), "there is nothing to forget yet"
+        ask(page, "What is the weather?")
+        page.wait_for_selector("#question .submit-button")
+        page.wait_for_selector("#chat .bot >> text=Light snow.")
+        engine.pieces = ("Green ", "birds.")
+        ask(page, "What are parrots?")
+        page.wait_for_selector("#chat .bot >> text=Green birds.")
+        page.wait_for_selector("#question .submit-button")
+        thumb(page, "Like", 0)
+        thumb(page, "Dislike", 1)
+        wait_until(page, lambda: [turn["feedback"]["rating"] for turn in remembered(memory)] == ["up", "down"])
+        shoot(page, "rated-1280.png")
+        thumb(page, "Liked", 0)
+        wait_until(page, lambda: [turn["feedback"]["rating"] for turn in remembered(memory)] == [None, "down"])
+        page.click("#improve")
+        page.wait_for_selector("#better textarea")
+        assert page.input_value("#better textarea") == "Green birds."
+        page.fill("#better textarea", "Birds of many colours.")
+        for width in (1200, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.wait_for_timeout(300 if SHOTS else 0)
+            shoot(page, f"better-{width}.png")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.click("#better .submit-button")
+        page.wait_for_selector("#notice .done >> text=Kept as the better answer.")
+        assert not page.is_visible("#better textarea")
+        shoot(page, "kept-390.png")
+        first, second = remembered(memory)
+        assert first["feedback"]["correction"] is None
+        assert second["feedback"]["correction"] == "Birds of many colours."
+        assert (second["question"], second["answer"], second["outcome"]) == (
+            "What are parrots?",
+            "Green birds.",
+            "stop",
+        )
+        assert memory.conversation(str(_only_conversation(memory)))["channel"] == "page"  # type: ignore[index]
+
+
+def _only_conversation(memory: Memory) -> str:
+    with Store.open(memory.path, create=False) as store:
+        (summary,) = store.summaries()
+    return str(summary["id"])
+
+
+def test_forget_deletes_the_conversation_and_no_other_and_stops_what_is_being_written(
+    browser: Any, memory: Memory
+) -> None:
+    engine = ScriptedEngine("Hello.")
+    with open_page(browser, engine, memory=memory) as page:
+        ask(page, "Another conversation")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        page.wait_for_selector("#question .submit-button")
+        page.click("#fresh")
+        page.wait_for_selector("#chat .welcome")
+        ask(page, "My name is Ada")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        page.wait_for_selector("#question .submit-button")
+        engine.pieces, engine.delay_s = ("word ",) * 300, 0.05
+        ask(page, "Talk")
+        page.wait_for_selector("text=word word")
+        page.click("#forget")
+        page.wait_for_selector("#notice .done >> text=The conversation is forgotten.")
+        page.wait_for_selector("#chat .welcome")
+        wait_until(page, engine.closed.is_set)
+        page.wait_for_timeout(500)
+        assert [turn["question"] for turn in remembered(memory)] == ["Another conversation"]
+        engine.pieces, engine.delay_s = ("Fine.",), 0.0
+        ask(page, "Who am I?")
+        page.wait_for_selector("#chat .bot >> text=Fine.")
+        assert [m.content for m in engine.asked[-1]] == ["Who am I?"]
+
+
+def test_without_a_memory_there_is_nothing_to_rate(browser: Any) -> None:
+    with open_page(browser, ScriptedEngine("Hello.")) as page:
+        ask(page, "Hi")
+        page.wait_for_selector("#chat .bot >> text=Hello.")
+        page.wait_for_selector("#question .submit-button")
+        for part in ("#memory", "#better", "#forget", "#chat .message-buttons"):
+            assert not page.locator(part).first.is_visible()
+        assert page.get_by_label("Like", exact=True).count() == 0
+
+
+def test_a_spoken_turn_is_rated_and_forgotten_by_its_own_id(memory: Memory) -> None:
+    from lorikeet.serve.note import Note
+
+    memory.keep(Note(id="resp_1", channel="voice", conversation_id="conv_1", question="Hi", answer="Hello."))
+    talk = Talk()
+    keep_spoken(json.dumps({"asked": "Hi", "said": "Hello.", "id": "resp_1"}), talk)
+    assert rate(memory, talk, place=1, rating="down") == ""
+    talk.corrects = talk.last_answer[0]
+    assert correct(memory, talk, " Good day. ") == ""
+    (turn,) = remembered(memory)
+    assert turn["feedback"] == {"rating": "down", "correction": "Good day.", "comment": None}
+    assert "not kept" in rate(memory, talk, place=7, rating="up")
+    assert "not kept" in rate(memory, talk, place=-1, rating="up")
+    assert correct(memory, talk, " ") == "Write the better answer first."
+    assert "too long" in correct(memory, talk, "x" * 64_001)
+    assert forget(memory, talk) == ""
+    assert remembered(memory) == []
+
+
+def test_a_memory_that_fails_is_said_in_words(memory: Memory) -> None:
+    talk = Talk()
+    keep_spoken(json.dumps({"asked": "Hi", "said": "Hello.", "id": "resp_1"}), talk)
+    memory.close()
+    assert "That was not kept: " in rate(memory, talk, place=1, rating="up")
+    assert "The conversation is still kept: " in forget(memory, talk)

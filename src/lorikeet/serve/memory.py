@@ -72,6 +72,11 @@ class Memory:
         self._store.close()
 
     @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._store.path
+
+    @property
     def days(self) -> int:
         """After so many days a conversation is deleted; 0 for never."""
         return self._days

@@ -15,7 +15,8 @@ import pytest
 from lorikeet.messages import Message
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
-from lorikeet.serve.ui.page import Talk, keep_spoken
+from lorikeet.serve.ui.page import keep_spoken
+from lorikeet.serve.ui.talk import Talk
 from lorikeet.speech import Ears, Samples, Voice
 from lorikeet.speech.audio import encode_wav
 from lorikeet.speech.hear import load_ears

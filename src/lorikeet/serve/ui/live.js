@@ -164,7 +164,7 @@
       setTimeout(() => {
         const asked = [...this.asked.values()].join(" ");
         const said = response.output[0]?.content[0]?.transcript || response.output[0]?.content[0]?.text || "";
-        if (asked) hand({ asked, said, problem, cut: response.status === "cancelled", search: this.turn.search || null });
+        if (asked) hand({ asked, said, problem, id: response.id, cut: response.status === "cancelled", search: this.turn.search || null });
         this.asked.clear();
         this.turn = {};
       }, 50);
@@ -202,7 +202,7 @@
 
   document.addEventListener("click", async (event) => {
     if (!event.target.closest("#open-mic")) {
-      if (live && event.target.closest("#fresh")) live.stop();
+      if (live && event.target.closest("#fresh, #forget")) live.stop();
       return;
     }
     if (live) { live.stop(); return; }

@@ -14,8 +14,9 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 import gradio as gr
@@ -25,10 +26,14 @@ from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, Field, ValidationError
 
 from lorikeet.errors import LorikeetError
-from lorikeet.messages import Message, Source
+from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant, Done, Event, Found, Search, SearchFailed, Searching, Text
+from lorikeet.serve.memory import Memory
+from lorikeet.serve.note import Note, new_id
+from lorikeet.serve.ui import recall
 from lorikeet.serve.ui.clips import Clips
 from lorikeet.serve.ui.look import HEAD, STYLE, mark, theme
+from lorikeet.serve.ui.talk import Talk
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode
 from lorikeet.speech.sayable import sayable
@@ -52,7 +57,6 @@ Turn = Generator[str, None, None]
 
 LIVE_SCRIPTS = ("live.js", "live_worklet.js")
 SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
-
 
 _MARK = re.compile(r"\[(\d{1,2})\](?!\()")
 _log = logging.getLogger(__name__)
@@ -81,21 +85,9 @@ class SpokenTurn(BaseModel):
     said: str = Field("", max_length=MAX_LIVE_CHARACTERS)
     problem: str = Field("", max_length=1000)
     cut: bool = False
+    id: str = Field("", max_length=100)
+    """The answer's."""
     search: SpokenSearch | None = None
-
-
-class Talk:
-    """One visitor's conversation; it lives as long as their tab.
-
-    Not a dataclass: Gradio would write it into the page.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing said."""
-        self.turns: list[Message] = []
-        """What the assistant is given."""
-        self.shown: list[dict[str, Any]] = []
-        """What the page shows: the turns, and between them searches and spoken answers."""
 
 
 def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ears | None, voice: Voice | None) -> None:
@@ -137,6 +129,7 @@ def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ear
 def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say: Say | None) -> gr.Blocks:
     """Return the page, not yet mounted; `say` makes the player of a spoken answer."""
     title = f"Lorikeet · {model_name}"
+    memory = assistant.memory
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=CLEAN_UP_S) as page:
         talk = gr.State(Talk(), time_to_live=24 * 3600)
         with gr.Row(elem_id="bar"):
@@ -154,11 +147,21 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             sanitize_html=True,
             latex_delimiters=[],
             allow_tags=False,
-            feedback_options=None,
+            feedback_options=("Like", "Dislike") if memory else None,
+            elem_classes=["rated"] if memory else [],
             buttons=["copy"],
         )
         gr.HTML(_LIVE, elem_id="live-panel", visible=ears is not None)
         notice = gr.HTML("", elem_id="notice", visible=True)
+        better = gr.Textbox(
+            elem_id="better",
+            label="A better answer",
+            lines=2,
+            max_lines=8,
+            max_length=recall.MAX_CORRECTION_CHARACTERS,
+            submit_btn="Keep",
+            visible=False,
+        )
         with gr.Column(elem_id="composer"):
             question = gr.Textbox(
                 elem_id="question",
@@ -192,6 +195,10 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                     visible=ears is not None,
                 )
                 gr.HTML(_OPEN_MICROPHONE, elem_id="microphone", visible=ears is not None)
+        with gr.Row(elem_id="memory", visible=memory is not None):
+            gr.HTML(f"<p>{html.escape(recall.told(memory))}</p>" if memory else "", elem_id="memory-line")
+            improve = gr.Button("Better answer", elem_id="improve", size="sm", variant="secondary")
+            forget = gr.Button("Forget", elem_id="forget", size="sm", variant="secondary")
         # The open microphone's script hands its turns over with these two, which the style sheet hides.
         with gr.Row(elem_id="live-hand"):
             spoken_turn = gr.Textbox(
@@ -232,14 +239,65 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
         keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], show_progress="hidden", api_visibility="private")
         question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
         fresh.click(
-            lambda: ([], "", _IDLE, Talk()),
-            outputs=[chat, notice, question, talk],
+            lambda: ([], "", _IDLE, Talk(), _CLOSED),
+            outputs=[chat, notice, question, talk, better],
             cancels=runs,
             show_progress="hidden",
             api_visibility="private",
         )
+        if memory is not None:
+            _let_rate(memory, chat=chat, talk=talk, notice=notice, improve=improve, better=better)
+            forget.click(
+                partial(_forget, memory),
+                [talk],
+                [chat, notice, question, talk, better],
+                cancels=runs,
+                show_progress="hidden",
+                api_visibility="private",
+            )
     page.queue(default_concurrency_limit=ANSWERS_AT_ONCE, max_size=64, api_open=False)
     return page
+
+
+def _let_rate(
+    memory: Memory, *, chat: gr.Chatbot, talk: gr.State, notice: gr.HTML, improve: gr.Button, better: gr.Textbox
+) -> None:
+    """Let the visitor rate each answer, and write a better one than the last."""
+
+    def by_thumb(current: Talk, given: gr.LikeData) -> str:
+        place = given.index if isinstance(given.index, int) else -1
+        # A thumb that is pressed again says neither.
+        rating: Literal["up", "down"] | None = "up" if given.liked is True else "down" if given.liked is False else None
+        return _notice(recall.rate(memory, current, place=place, rating=rating))
+
+    def open_or_close(current: Talk) -> tuple[str, Any]:
+        if current.corrects:
+            current.corrects = ""
+            return "", _CLOSED
+        current.corrects, said = current.last_answer
+        if not current.corrects:
+            return _notice("There is no answer yet that could be better."), _CLOSED
+        return "", gr.Textbox(value=said, visible=True)
+
+    def by_words(written: str, current: Talk) -> tuple[str, Any]:
+        problem = recall.correct(memory, current, written)
+        if problem:
+            return _notice(problem), gr.skip()
+        current.corrects = ""
+        return _notice("Kept as the better answer.", kind="done"), _CLOSED
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    chat.like(by_thumb, [talk], [notice], **quiet)
+    improve.click(open_or_close, [talk], [notice, better], **quiet)
+    better.submit(by_words, [better, talk], [notice, better], **quiet)
+
+
+def _forget(memory: Memory, talk: Talk) -> tuple[Any, str, Any, Any, Any]:
+    """Forget a conversation and begin a new one; where that fails, the old one stays."""
+    problem = recall.forget(memory, talk)
+    if problem:
+        return gr.skip(), _notice(problem), _IDLE, gr.skip(), gr.skip()
+    return [], _notice("The conversation is forgotten.", kind="done"), _IDLE, Talk(), _CLOSED
 
 
 def keep_spoken(handed: str, talk: Talk) -> tuple[Any, Any]:
@@ -251,17 +309,14 @@ def keep_spoken(handed: str, talk: Talk) -> tuple[Any, Any]:
         turn = SpokenTurn.model_validate_json(handed)
     except ValidationError:
         return gr.skip(), _notice("The page could not read what was said; reload it and try again.")
-    talk.turns.append(Message("user", turn.asked))
-    talk.shown.append({"role": "user", "content": turn.asked})
+    talk.begin(turn.asked, turn.id)
     if turn.search is not None:
         talk.shown.append(_spoken_search(turn.search))
+    talk.end(turn.said)
     if turn.said:
-        talk.turns.append(Message("assistant", turn.said))
         sources = _spoken_sources(turn.search)
         talk.shown.append({"role": "assistant", "content": _linked(turn.said, sources) + (" …" if turn.cut else "")})
         talk.shown.extend(_below(sources))
-    else:
-        talk.turns.pop()
     return talk.shown, _notice(turn.problem)
 
 
@@ -308,21 +363,21 @@ def answer(assistant: Assistant, talk: Talk, question: str, *, search: Search, s
     The turn is kept also where it is stopped half-way; a question that got no answer is taken out of what the
     assistant is given next. With `say` the answer is spoken at the end.
     """
-    talk.turns.append(Message("user", question))
-    talk.shown.append({"role": "user", "content": question})
+    note = talk.under_way = Note(id=new_id("turn"), channel="page", conversation_id=talk.conversation_id)
+    talk.begin(question, note.id)
     yield ""
     text, problem = "", ""
     try:
-        with closing(assistant.respond(talk.turns, search=search)) as events:
+        with closing(assistant.respond(talk.turns, search=search, note=note)) as events:
             for text in _shown_events(events, talk):  # noqa: B007  # the last one is kept
                 yield ""
     except LorikeetError as error:
         problem = str(error)
     finally:
-        if text:
-            talk.turns.append(Message("assistant", text))
-        else:
-            talk.turns.pop()
+        talk.end(text)
+        talk.under_way = None
+        if note.kept:
+            talk.conversation_id = note.kept.conversation_id
     player = say(text) if text and say and not problem else ""
     if player:
         talk.shown.append({"role": "assistant", "content": player})
@@ -439,6 +494,7 @@ _LIVE = """<section id="live" data-state="off" aria-live="polite"><p id="live-st
 
 _BUSY = gr.Textbox(value="", submit_btn=False, stop_btn=True)
 _IDLE = gr.Textbox(submit_btn=True, stop_btn=False)
+_CLOSED = gr.Textbox(value="", visible=False)
 
 _WELCOME = f"""<div class="welcome">{mark(48)}<h2>Ask, or press Talk</h2>
 <p>Answers are short, made to be heard; speak to interrupt them. When the web was searched, the reason and the sources are shown.</p></div>"""
