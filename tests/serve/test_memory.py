@@ -178,6 +178,16 @@ def test_the_served_file_and_its_adapter_are_named(tmp_path: Path) -> None:
     assert identify("http://127.0.0.1:1/v1", "m") == Origin(name="m")
 
 
+def test_what_is_served_and_what_is_kept_tell_the_same() -> None:
+    assistant = Assistant(ScriptedEngine())
+    facts = {"name": "m", "assistant": assistant}
+    assert Served.of(ORIGIN, assistant) == Served(
+        **facts | {"name": "parrot"}, kind="tuned", quant="q8_0", sha256="a" * 64, adapter_sha256="b" * 64
+    )
+    assert Served.of(Origin(name="m", gguf_sha256="c" * 64), assistant) == Served(**facts, kind="file", sha256="c" * 64)
+    assert Served.of(Origin(name="m"), assistant) == Served(**facts, kind="remote")
+
+
 # Feedback.
 
 

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LlamaEngine
 from lorikeet.errors import InputError
-from lorikeet.files import sha256_file
 from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
+from lorikeet.serve.memory import Memory, identify
 from lorikeet.serve.server import Listener, run_server
 
 if TYPE_CHECKING:
     from lorikeet.serve.assistant import Assistant
-    from lorikeet.serve.memory import Memory
+    from lorikeet.serve.note import Origin
     from lorikeet.speech import Ears, Voice
 
 T = TypeVar("T")
@@ -55,14 +55,13 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
         memory = _memory(config)
         if memory is not None:
             stack.callback(memory.close)
-        engine = _step(f"model {model_name}", lambda: _open(target, config, model_name))
+        engine, origin = _step(f"model {model_name}", lambda: _open(target, config, model_name))
         stack.callback(engine.close)
         ears = None if config.ears == "off" else _step(f"ears {config.ears}", lambda: _ears(config.ears))
         voice = None if config.voice == "off" else _step(f"voice {config.voice}", lambda: _voice(config.voice))
         count_tokens = _counter(engine) if isinstance(engine, LlamaEngine) else approximate_tokens
         # Imported here and not above: the web packages are an extra.
         from lorikeet.serve.assistant import Assistant
-        from lorikeet.serve.memory import identify
 
         assistant = Assistant(
             engine,
@@ -71,7 +70,7 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
             config=config,
             count_tokens=count_tokens,
             memory=memory,
-            origin=identify(target, model_name) if memory else None,
+            origin=origin,
         )
         _step("first words", lambda: _warm(assistant, ears, voice))
         if provider:
@@ -82,7 +81,7 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
             from lorikeet.serve.models import Models, Served
 
             return create_app(
-                Models(Served(name=model_name, assistant=assistant)),
+                Models(Served.of(origin, assistant)),
                 ears=ears,
                 voice=voice,
                 api_key=config.api_key,
@@ -121,18 +120,21 @@ def _allowed_hosts(host: str) -> tuple[str, ...] | None:
     return (*LOOPBACK_HOSTS, host) if is_loopback(host) else None
 
 
-def _open(target: Path | str, config: ServeConfig, model_name: str) -> HttpEngine:
+def _open(target: Path | str, config: ServeConfig, model_name: str) -> tuple[HttpEngine, Origin]:
+    """Return the engine of a target, and what is known of the model in it."""
+    origin = identify(target, model_name)
     if isinstance(target, str):
-        return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", ""))
+        return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", "")), origin
     slots = config.slots + 1  # one is kept for who speaks
-    return LlamaEngine(
+    engine = LlamaEngine(
         target,
         name=model_name,
         context_tokens=config.context_tokens,
         slots=slots,
-        sha256=sha256_file(target),
+        sha256=origin.gguf_sha256,
         restart=True,
     )
+    return engine, origin
 
 
 def _ears(name: str) -> Ears:
@@ -155,8 +157,6 @@ def _memory(config: ServeConfig) -> Memory | None:
         if config.memory_days:
             raise InputError("--memory-days needs --memory FILE; without it nothing is kept")
         return None
-    from lorikeet.serve.memory import Memory
-
     memory = Memory.open(Path(config.memory).expanduser(), days=config.memory_days)
     _say(f"conversations are kept in {config.memory}" + (f" for {memory.days} days" if memory.days else ""))
     return memory

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from lorikeet.errors import InputError
 from lorikeet.serve.assistant import Assistant
+from lorikeet.serve.note import Origin
 
 DEFAULT = "default"
 """The name that always means the first model."""
@@ -41,6 +42,18 @@ class Served:
     """Hash of the run's adapter weights, which are merged into a tuned model's file; '' for others."""
     proved: bool = False
     """Whether the run's proof is about exactly this file."""
+
+    @classmethod
+    def of(cls, origin: Origin, assistant: Assistant) -> Self:
+        """Return the model that `assistant` answers with, and what is known of it; kept turns say the same."""
+        return cls(
+            name=origin.name,
+            assistant=assistant,
+            kind="tuned" if origin.adapter_sha256 else "file" if origin.gguf_sha256 else "remote",
+            quant=origin.quant,
+            sha256=origin.gguf_sha256,
+            adapter_sha256=origin.adapter_sha256,
+        )
 
 
 class Models:
