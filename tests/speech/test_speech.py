@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import ClassVar
@@ -72,6 +73,26 @@ def test_what_is_no_audio_is_one_line(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"note.wav (is not an audio file|is empty|holds no sound)"):
         decode(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile secret.wav\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.wav\n#EXT-X-ENDLIST\n",
+    ],
+    ids=["concat", "sdp", "hls"],
+)
+def test_a_file_that_points_elsewhere_is_not_followed(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.wav").write_bytes(encode_wav(tone(1.0), HEARING_HZ))
+    monkeypatch.chdir(tmp_path)
+    began_s = time.monotonic()
+    with pytest.raises(InputError, match="is not an audio file"):
+        decode(text.encode())
+    assert time.monotonic() - began_s < 3, "it waited for the network"
 
 
 def test_a_long_file_is_refused_before_it_is_decoded_whole() -> None:

@@ -18,6 +18,9 @@ import numpy as np
 from lorikeet.errors import InputError, MissingExtraError
 from lorikeet.speech import HEARING_HZ, Samples
 
+CONTAINERS = "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ogg,mov,mp4,matroska,webm,avi,mpeg,mpegts"
+"""What is opened, by FFmpeg's names. Others (concat, hls, dash, sdp, ...) name further files, or listen to the network."""
+
 
 def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
     """Return the audio in a file or its bytes, mono float32 at `HEARING_HZ`, in [-1, 1].
@@ -38,7 +41,8 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
     parts: list[Samples] = []
     total = 0
     try:
-        with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore") as container:
+        options = {"format_whitelist": CONTAINERS}
+        with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore", options=options) as container:
             if not container.streams.audio:
                 raise InputError(f"{name} holds no sound; give a WAV, FLAC, MP3, OGG or WebM file")
             # The channels stay apart here: FFmpeg's own mix to mono makes equal channels 3 dB louder.
