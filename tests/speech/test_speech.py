@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -123,6 +124,21 @@ def test_a_spoken_sentence_is_heard_word_for_word() -> None:
     assert words(heard.text) == words(sentence)
     again = np.concatenate(list(voice.speak(sentence)))
     assert np.array_equal(samples, again)
+
+
+def test_a_long_recording_lets_a_turn_go_between_two_windows() -> None:
+    ears = load_ears("whisper-tiny.en")
+    assert isinstance(ears, WhisperEars)
+    locked = []
+
+    def windows() -> Iterator[str]:
+        for window in ("one", "two"):
+            locked.append(ears._lock.locked())
+            yield window
+
+    taken = [(window, ears._lock.locked()) for window in ears._take(windows())]
+    assert locked == [True, True]
+    assert taken == [("one", False), ("two", False)]
 
 
 def test_silence_and_noise_say_nothing() -> None:
