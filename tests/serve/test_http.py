@@ -17,6 +17,7 @@ from lorikeet.config import ServeConfig
 from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
+from lorikeet.serve.wire import ChatRequest
 from lorikeet.speech.audio import encode_wav
 from tests.serve.fakes import CountingEars, ScriptedEngine, ScriptedProvider, ToneVoice, served, serving
 
@@ -176,6 +177,12 @@ def test_a_body_that_is_no_json_is_400(url: str, content: bytes) -> None:
 def test_harmless_fields_of_clients_pass(url: str) -> None:
     harmless = {"user": "me", "store": False, "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0}
     assert post(url, **harmless, tools=[], tool_choice="auto", response_format={"type": "text"}).status_code == 200
+
+
+def test_null_is_the_same_as_left_out(url: str) -> None:
+    fields = set(ChatRequest.model_fields) - {"messages", "model", "lorikeet"}
+    assert len(fields) > 15
+    assert post(url, **dict.fromkeys(fields)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -153,9 +153,8 @@ class ChatRequest(OptionFields):
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[
-        list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] | None,
+        Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=200)]], Field(max_length=4)] | None,
         BeforeValidator(_list, json_schema_input_type=str | list[str] | None),
-        Field(max_length=4),
     ] = None
     store: bool | None = None
     """False keeps this turn out of the server's memory, if it has one."""
