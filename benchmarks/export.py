@@ -222,8 +222,9 @@ def main() -> None:
                 "peak_gigabytes": round(found.peak_bytes / 1e9, 2),
                 "phases": found.phases,
             }
-            for phase in found.phases:
-                rows.append([name, phase["what"], f"{phase['seconds']:.1f}", f"{phase['gigabytes']:.2f}"])
+            rows += [
+                [name, phase["what"], f"{phase['seconds']:.1f}", f"{phase['gigabytes']:.2f}"] for phase in found.phases
+            ]
             rows.append([name, "**in all**", f"{found.seconds:.1f}", f"{found.peak_bytes / 1e9:.2f}"])
             _must(found, name)
         report = run / "reports" / "parity.json"

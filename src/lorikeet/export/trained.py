@@ -69,12 +69,18 @@ def pick_dtype(weights: Weights, available_bytes: int) -> torch.dtype:
     return torch.float32 if 4 * values <= FLOAT32_SHARE * available_bytes else torch.bfloat16
 
 
+def _contiguous(_head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the head's inputs without strides: for the last places of a batch oneDNN would copy the head once for each."""
+    return tuple(part.contiguous() for part in inputs)
+
+
 class TorchModel:
     """A causal language model in torch, evaluated without gradients on the CPU."""
 
     def __init__(self, model: Any) -> None:
         """Take a loaded model."""
         self._model: Any = model.eval()
+        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | str) -> Self:
