@@ -93,6 +93,15 @@ def test_speech_is_as_fast_as_it_is_asked_for(client: openai.OpenAI, speed: floa
     assert len(answer.content) / 2 / ENCODED_HZ * speed == pytest.approx(1.0, rel=0.05)
 
 
+def test_text_without_an_end_is_spoken_in_breaths() -> None:
+    voice = CountedVoice()
+    with served(app_of(voice)) as url:
+        for digits, breaths in ((40, 1), (41, 2), (400, 10)):
+            voice.spoken = 0
+            assert httpx.post(f"{url}/v1/audio/speech", json={"input": "9" * digits}).status_code == 200
+            assert voice.spoken == breaths
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_sound_goes_out_before_the_last_sentence_is_spoken(name: str) -> None:
     voice = CountedVoice(delay_s=0.1)
@@ -242,6 +251,17 @@ def test_a_recording_that_is_too_long_or_missing_is_400(url: str) -> None:
     for request in ({"data": {"model": "whisper-1"}}, {"files": {"files": TONE}}, {"data": {"file": "a.wav"}}):
         response = httpx.post(f"{url}/v1/audio/transcriptions", **request)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "file")
+
+
+@pytest.mark.parametrize(
+    ("route", "sent", "served_name"),
+    [("speech", {"json": {"input": "x", "model": "x"}}, "tone"),
+     ("transcriptions", {"data": {"model": "x"}, "files": {"file": TONE}}, "counting")],
+)  # fmt: skip
+def test_an_unknown_model_is_told_what_is_served(url: str, route: str, sent: Any, served_name: str) -> None:
+    response = httpx.post(f"{url}/v1/audio/{route}", **sent)
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == f"model: 'x' is not served here; ask for {served_name!r} or 'default'"
 
 
 def test_translations_are_refused_in_words(url: str) -> None:

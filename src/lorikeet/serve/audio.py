@@ -46,6 +46,9 @@ MAX_FILE_S = 300.0
 MAX_PROMPT_CHARACTERS = 4000
 """Whisper itself reads the last 223 tokens."""
 
+BREATH_WORDS = 40
+"""Most words that a voice says in one go. It needs longer for each word the more there are, and keeps all others waiting."""
+
 SPEAKING_THREADS = 4
 """Speeches that are made at once; further ones wait without a thread. A voice speaks one clause at a time anyway."""
 
@@ -176,8 +179,9 @@ def _speech(voice: Voice, body: SpeechRequest) -> Generator[bytes, None, None]:
 
 def _clauses(voice: Voice, text: str) -> Generator[Samples, None, None]:
     for clause in split_clauses(text):
-        if words := sayable(clause):
-            yield from voice.speak(words)
+        words = sayable(clause).split()
+        for start in range(0, len(words), BREATH_WORDS):
+            yield from voice.speak(" ".join(words[start : start + BREATH_WORDS]))
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -200,7 +204,6 @@ async def _sound_events(first: bytes, rest: AsyncGenerator[bytes, None]) -> Asyn
 
 
 def _check_model(name: str, known: Sequence[str]) -> None:
-    """Raise UnknownModelError for a name that is not served."""
+    """Raise UnknownModelError for a name that is not in `known`, whose last is what is served."""
     if name not in known:
-        served = next(n for n in (known[0], *known) if n not in {"default", "whisper-1", "tts-1"})
-        raise UnknownModelError(f"model: {name[:100]!r} is not served here; ask for {served!r} or 'default'")
+        raise UnknownModelError(f"model: {name[:100]!r} is not served here; ask for {known[-1]!r} or 'default'")
