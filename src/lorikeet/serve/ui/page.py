@@ -238,10 +238,11 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
         ]
         keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], show_progress="hidden", api_visibility="private")
         question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
+        # A run ends by itself once its talk is left: to cancel it here could lose what this shows.
         fresh.click(
-            lambda: ([], "", _IDLE, Talk(), _CLOSED),
-            outputs=[chat, notice, question, talk, better],
-            cancels=runs,
+            _begin_anew,
+            [talk],
+            [chat, notice, question, talk, better],
             show_progress="hidden",
             api_visibility="private",
         )
@@ -251,7 +252,6 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                 partial(_forget, memory),
                 [talk],
                 [chat, notice, question, talk, better],
-                cancels=runs,
                 show_progress="hidden",
                 api_visibility="private",
             )
@@ -292,12 +292,19 @@ def _let_rate(
     better.submit(by_words, [better, talk], [notice, better], **quiet)
 
 
+def _begin_anew(talk: Talk) -> tuple[Any, str, Any, Any, Any]:
+    """Leave a conversation for a new one."""
+    talk.left = True
+    return [], "", _IDLE, Talk(), _CLOSED
+
+
 def _forget(memory: Memory, talk: Talk) -> tuple[Any, str, Any, Any, Any]:
     """Forget a conversation and begin a new one; where that fails, the old one stays."""
     problem = recall.forget(memory, talk)
     if problem:
         return gr.skip(), _notice(problem), _IDLE, gr.skip(), gr.skip()
-    return [], _notice("The conversation is forgotten.", kind="done"), _IDLE, Talk(), _CLOSED
+    chat, _, *rest = _begin_anew(talk)
+    return chat, _notice("The conversation is forgotten.", kind="done"), *rest
 
 
 def keep_spoken(handed: str, talk: Talk) -> tuple[Any, Any]:
@@ -349,12 +356,15 @@ def _watch(turn: Turn, talk: Talk) -> Iterator[tuple[Any, Any, Any]]:
     try:
         with closing(turn) as problems:
             for problem in problems:
+                if talk.left:
+                    break
                 yield talk.shown, _notice(problem), gr.skip()
     # The edge of a request: it must end with words, and the field must be given back.
     except Exception:  # noqa: BLE001
         _log.exception("the page failed to answer")
         problem = "Something went wrong here; the server's log says more. Try again."
-    yield talk.shown, _notice(problem), _IDLE
+    # Gradio shows the last of these once more at the end; of a talk that was left that must be nothing.
+    yield (gr.skip(), gr.skip(), gr.skip()) if talk.left else (talk.shown, _notice(problem), _IDLE)
 
 
 def answer(assistant: Assistant, talk: Talk, question: str, *, search: Search, say: Say | None = None) -> Turn:

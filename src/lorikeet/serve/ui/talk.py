@@ -34,6 +34,8 @@ class Talk:
         """What the memory knows the written turns by; '' until one is kept."""
         self.under_way: Note | None = None
         """Of the answer that is being written."""
+        self.left = False
+        """Whether the visitor went on to another conversation: nothing of this one is shown any more."""
         self.corrects = ""
         """The answer that the visitor is writing a better one for."""
 
