@@ -129,7 +129,7 @@ def test_a_client_that_goes_away_stops_the_voice() -> None:
 
 def test_a_voice_that_fails_at_once_is_a_status(url: str) -> None:
     for stream_format in ("audio", "sse"):
-        body = {"input": "You fail. Go on.", "stream_format": stream_format}
+        body = {"input": "You fail. Go on.", "stream_format": stream_format, "response_format": "wav"}
         response = httpx.post(f"{url}/v1/audio/speech", json=body)
         assert response.status_code == 503
         assert response.json()["error"]["message"] == "the voice lost its memory; start it again"
