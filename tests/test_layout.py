@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import subprocess
 import sys
@@ -45,9 +46,15 @@ HEAVY = (
 def modules(source: Path) -> dict[str, ast.Module]:
     """Return every module below `source` by its dotted name, parsed."""
     trees = {}
-    for path in sorted(source.rglob("*.py")):
-        name = ".".join(path.relative_to(source).with_suffix("").parts)
-        trees[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+    # A collection inside `ast.parse` that runs a finalizer breaks it in Python 3.11 (CPython issue 106905).
+    gc.collect()
+    gc.disable()
+    try:
+        for path in sorted(source.rglob("*.py")):
+            name = ".".join(path.relative_to(source).with_suffix("").parts)
+            trees[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
     return trees
 
 

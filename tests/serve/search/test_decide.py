@@ -126,6 +126,11 @@ def test_pasted_material_stays_here() -> None:
 @pytest.mark.parametrize(
     ("turns", "query"),
     [
+        (
+            ["What is the weather today in? The city of Oslo."],
+            "What is the weather today in? The city of Oslo",
+        ),
+        (["Nice day. What is the weather in Oslo? I want to go."], "What is the weather in Oslo?"),
         (["What is the weather in Oslo today?", "and in Bergen?"], "What is the weather in Bergen today?"),
         (["What is the weather in Oslo today?", "and in Bergen?", "what about tomorrow?"], "What is the weather in Bergen tomorrow?"),
         (["What's the price of silver?", "and gold?"], "What's the price of silver gold"),

@@ -41,6 +41,12 @@ _WEATHER_IT = re.compile(
     re.IGNORECASE,
 )
 _PLACE = re.compile(r"^(?P<word>in|at|for|on|to|from|near)\s+(?P<rest>.+)$", re.IGNORECASE)
+_ASKS = re.compile(
+    r"^(?:who|what|when|where|which|why|how|is|are|was|were|do|does|did|has|have|had|will|would|can|could|should|may|any)\b",
+    re.IGNORECASE,
+)
+_OPEN_ENDS = (" in", " at", " for", " on", " to", " from", " near", " of", " the", " a")
+"""A question that ends so goes on in the next sentence."""
 _TIME = re.compile(
     r"\b(?:today|tonight|tomorrow|yesterday|now|(?:on )?(?:mon|tues|wednes|thurs|fri|satur|sun)days?|(?:this|next|last) (?:morning|afternoon|evening|night|week|weekend|month|year)|(?:in )?(?:19|20)\d\d)\b",
     re.IGNORECASE,
@@ -123,12 +129,27 @@ def _join(topic: str, rest: str) -> str:
 
 
 def _question_in(text: str) -> str:
-    """Return the sentence of `text` that asks, if it is long or has several; `text` itself if none does."""
-    sentences = re.split(r"(?<=[.!?])\s+", text)
-    asking = [sentence for sentence in sentences if sentence.endswith("?")]
-    chosen = asking[-1] if len(sentences) > 1 and asking else text
+    """Return what of `text` asks: its last question, with a fragment before or after it; `text` itself if nothing asks.
+
+    A pause in speech makes a sentence of a fragment: "What is the weather today in? The city of Oslo."
+    """
+    sentences = re.split(r"(?<=[.!?])(?<!\.\.)\s+", text)
+    asking = [place for place, sentence in enumerate(sentences) if sentence.endswith("?")]
+    if len(sentences) == 1 or not asking:
+        return text.strip(" .!")
+    first = last = asking[-1]
+    while first - 1 in asking and _is_fragment(sentences[first]):
+        first -= 1
+    if sentences[last].rstrip(" ?").lower().endswith(_OPEN_ENDS) and last + 1 < len(sentences):
+        last += 1
+    chosen = " ".join(sentences[first : last + 1])
     # "Is it safe?" alone says nothing: what it is about stands before it.
     return (chosen if len([w for w in chosen.split() if _means(w)]) >= 2 else text).strip(" .!")
+
+
+def _is_fragment(sentence: str) -> bool:
+    """Say whether a question has no verb of asking before its subject, so that it may be the rest of one before it."""
+    return not _ASKS.match(sentence)
 
 
 def _means(word: str) -> bool:
