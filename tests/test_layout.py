@@ -46,7 +46,7 @@ HEAVY = (
 def modules(source: Path) -> dict[str, ast.Module]:
     """Return every module below `source` by its dotted name, parsed."""
     trees = {}
-    # A collection inside `ast.parse` that runs a finalizer breaks it in Python 3.11 (CPython issue 106905).
+    # A collection inside `ast.parse` that runs a finalizer breaks it in Python 3.11.
     gc.collect()
     gc.disable()
     try:
