@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import re
 import subprocess
 import sys
@@ -46,15 +45,9 @@ HEAVY = (
 def modules(source: Path) -> dict[str, ast.Module]:
     """Return every module below `source` by its dotted name, parsed."""
     trees = {}
-    # A collection inside `ast.parse` that runs a finalizer breaks it in Python 3.11.
-    gc.collect()
-    gc.disable()
-    try:
-        for path in sorted(source.rglob("*.py")):
-            name = ".".join(path.relative_to(source).with_suffix("").parts)
-            trees[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
-    finally:
-        gc.enable()
+    for path in sorted(source.rglob("*.py")):
+        name = ".".join(path.relative_to(source).with_suffix("").parts)
+        trees[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
     return trees
 
 
