@@ -153,6 +153,9 @@ def _keeps_instructions(
     The shares are entered into the `table`'s rows. The weakest is returned unasked if no other keeps
     them: what remains is for `prove` to judge.
     """
+    weakest, *others = [row for row in table[1:] if row["strength"] <= most]
+    if not others:
+        return float(weakest["strength"])
     asked = prompts_for_choice()
     counts = np.array([len(instructed.instructions) for instructed in asked])
 
@@ -162,7 +165,6 @@ def _keeps_instructions(
         return found
 
     base = ask(table[0])
-    weakest, *others = [row for row in table[1:] if row["strength"] <= most]
     for row in reversed(others):
         change = ratio_interval(ask(row) - base, counts, level=ONE_ERROR, resamples=RESAMPLES, seed=0)
         if change.high >= 0:
