@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convert import LLAMA3
 from report import ROOT, stamp, table
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -89,14 +90,7 @@ def make_base(folder: Path) -> Path:
         head_dim=HEAD_WIDTH,
         max_position_embeddings=131_072,
         rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
+        rope_parameters=LLAMA3,
         tie_word_embeddings=True,
         dtype="bfloat16",
     )

@@ -193,10 +193,6 @@ class Assistant:
         for _ in self.respond([Message("user", "Hello.")], search="off", max_tokens=1):
             pass
 
-    def healthy(self) -> bool:
-        """Say whether the engine would answer now."""
-        return self._engine.healthy()
-
     def problem(self) -> str:
         """Return why the engine would not answer now, in words for the user; '' if it would."""
         return self._engine.problem()

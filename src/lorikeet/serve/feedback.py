@@ -18,10 +18,9 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from lorikeet.serve.memory import Memory
+from lorikeet.serve.memory import MAX_CORRECTION_CHARACTERS, Memory
 
 MAX_ID_CHARACTERS = 100
-MAX_CORRECTION_CHARACTERS = 64_000
 MAX_COMMENT_CHARACTERS = 4000
 
 OFF = "this server keeps no conversations: it was started without --memory"

@@ -22,6 +22,8 @@ from lorikeet.files import sha256_file
 from lorikeet.serve.note import Note, Origin
 from lorikeet.serve.store import StillReadError, Store, StoreError
 
+MAX_CORRECTION_CHARACTERS = 64_000
+
 DAY_S = 24 * 3600
 SAY_AGAIN_S = 60.0
 """A failure that lasts is said so often, not at every turn."""

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant, Done, Event, Found, Search, SearchFailed, Searching, Text
-from lorikeet.serve.memory import Memory
+from lorikeet.serve.memory import MAX_CORRECTION_CHARACTERS, Memory
 from lorikeet.serve.note import Note, new_id
 from lorikeet.serve.ui import recall
 from lorikeet.serve.ui.clips import Clips
@@ -57,6 +57,9 @@ Turn = Generator[str, None, None]
 
 LIVE_SCRIPTS = ("live.js", "live_worklet.js")
 SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
+
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of what a click does: it shows no progress, and is no route that others could call."""
 
 _MARK = re.compile(r"\[(\d{1,2})\](?!\()")
 _log = logging.getLogger(__name__)
@@ -158,7 +161,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             label="A better answer",
             lines=2,
             max_lines=8,
-            max_length=recall.MAX_CORRECTION_CHARACTERS,
+            max_length=MAX_CORRECTION_CHARACTERS,
             submit_btn="Keep",
             visible=False,
         )
@@ -225,8 +228,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                 yield *view, gr.skip()
 
         settings: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
+            **_QUIET,
             "concurrency_limit": ANSWERS_AT_ONCE,
             "concurrency_id": "answers",
         }
@@ -236,15 +238,14 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             clip.stop_recording(by_voice, *heard, **settings),
             clip.upload(by_voice, *heard, **settings),
         ]
-        keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], show_progress="hidden", api_visibility="private")
-        question.stop(lambda: _IDLE, outputs=[question], cancels=runs, show_progress="hidden", api_visibility="private")
+        keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], **_QUIET)
+        question.stop(lambda: _IDLE, outputs=[question], cancels=runs, **_QUIET)
         # A run ends by itself once its talk is left: to cancel it here could lose what this shows.
         fresh.click(
             _begin_anew,
             [talk],
             [chat, notice, question, talk, better],
-            show_progress="hidden",
-            api_visibility="private",
+            **_QUIET,
         )
         if memory is not None:
             _let_rate(memory, chat=chat, talk=talk, notice=notice, improve=improve, better=better)
@@ -252,8 +253,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                 partial(_forget, memory),
                 [talk],
                 [chat, notice, question, talk, better],
-                show_progress="hidden",
-                api_visibility="private",
+                **_QUIET,
             )
     page.queue(default_concurrency_limit=ANSWERS_AT_ONCE, max_size=64, api_open=False)
     return page
@@ -286,10 +286,9 @@ def _let_rate(
         current.corrects = ""
         return _notice("Kept as the better answer.", kind="done"), _CLOSED
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    chat.like(by_thumb, [talk], [notice], **quiet)
-    improve.click(open_or_close, [talk], [notice, better], **quiet)
-    better.submit(by_words, [better, talk], [notice, better], **quiet)
+    chat.like(by_thumb, [talk], [notice], **_QUIET)
+    improve.click(open_or_close, [talk], [notice, better], **_QUIET)
+    better.submit(by_words, [better, talk], [notice, better], **_QUIET)
 
 
 def _begin_anew(talk: Talk) -> tuple[Any, str, Any, Any, Any]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 from typing import Literal
 
 from lorikeet.errors import LorikeetError
-from lorikeet.serve.memory import Memory
+from lorikeet.serve.memory import MAX_CORRECTION_CHARACTERS, Memory
 from lorikeet.serve.ui.talk import Talk
-
-MAX_CORRECTION_CHARACTERS = 64_000
 
 NOT_KEPT = "This answer is not kept, so nothing can be said about it."
 

@@ -28,12 +28,12 @@ import numpy as np
 from lorikeet.errors import InputError
 from lorikeet.messages import Message
 from lorikeet.serve.assistant import Assistant, Found, Searching
-from lorikeet.serve.note import Note, Outcome
+from lorikeet.serve.note import Note, Outcome, new_id
 from lorikeet.serve.voice import wire
 from lorikeet.serve.voice.mind import SPEAKING_HZ, Failed, Finished, Heard, Job, Looked, Mind, Said, Thought, Wrote
 from lorikeet.serve.voice.settings import SessionSettings
 from lorikeet.serve.voice.turn import Ended, Paused, Resumed, Started, TurnTaker
-from lorikeet.serve.voice.wire import EventError, error_event, new_id, server_event
+from lorikeet.serve.voice.wire import EventError, error_event, server_event
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Voice
 from lorikeet.speech.audio import Resampler, decode_pcm16, encode_pcm16
 from lorikeet.speech.vad import FRAME_SAMPLES, Vad

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lorikeet.serve.assistant import Search
+from lorikeet.serve.note import new_id
 from lorikeet.serve.voice import wire
 from lorikeet.serve.voice.turn import TurnSettings
 from lorikeet.serve.voice.wire import EventError
@@ -37,8 +38,8 @@ class SessionSettings:
     search: Search = "off"
     tells_events: bool = False
     """Whether searches and waterfalls are told in events of Lorikeet's own."""
-    session_id: str = field(default_factory=lambda: wire.new_id("sess"))
-    conversation_id: str = field(default_factory=lambda: wire.new_id("conv"))
+    session_id: str = field(default_factory=lambda: new_id("sess"))
+    conversation_id: str = field(default_factory=lambda: new_id("conv"))
     expires_at: int = field(default_factory=lambda: int(time.time()) + SESSION_S)
 
     @classmethod

@@ -12,13 +12,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorikeet.errors import InputError
 from lorikeet.messages import Usage
+from lorikeet.serve.note import new_id
 
 RATE_HZ = 24_000
 MAX_TEXT_CHARACTERS = 32_000
@@ -278,11 +278,6 @@ def read_audio(encoded: str) -> bytes:
     if len(data) % 2:
         raise EventError("audio: pcm16 has two bytes a sample", code="invalid_audio", param="audio")
     return data
-
-
-def new_id(kind: str) -> str:
-    """Return a fresh name, such as `item_6ad6…`."""
-    return f"{kind}_{secrets.token_hex(10)}"
 
 
 def server_event(kind: str, **fields: Any) -> dict[str, Any]:
