@@ -8,8 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorikeet.serve.voice.session import Item, Recording, sounds_finished
-from lorikeet.serve.voice.turn import Ended, Paused, Resumed, Started, TurnEvent, TurnSettings, TurnTaker
+from lorikeet.serve.voice.items import Item
+from lorikeet.serve.voice.recording import Recording
+from lorikeet.serve.voice.turn import (
+    Ended,
+    Paused,
+    Resumed,
+    Started,
+    TurnEvent,
+    TurnSettings,
+    TurnTaker,
+    sounds_finished,
+)
 from lorikeet.speech import HEARING_HZ
 from lorikeet.speech.audio import decode
 from lorikeet.speech.vad import FRAME_MS, FRAME_SAMPLES, load_vad

@@ -15,12 +15,10 @@ from __future__ import annotations
 import base64
 import logging
 import queue
-import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +28,11 @@ from lorikeet.messages import Message
 from lorikeet.serve.assistant import Assistant, Found, Searching
 from lorikeet.serve.note import Note, Outcome, new_id
 from lorikeet.serve.voice import wire
+from lorikeet.serve.voice.items import Item, Reply, UserTurn
 from lorikeet.serve.voice.mind import SPEAKING_HZ, Failed, Finished, Heard, Job, Looked, Mind, Said, Thought, Wrote
+from lorikeet.serve.voice.recording import Recording
 from lorikeet.serve.voice.settings import SessionSettings
-from lorikeet.serve.voice.turn import Ended, Paused, Resumed, Started, TurnTaker
+from lorikeet.serve.voice.turn import Ended, Paused, Resumed, Started, TurnTaker, sounds_finished
 from lorikeet.serve.voice.wire import EventError, error_event, server_event
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Voice
 from lorikeet.speech.audio import Resampler, decode_pcm16, encode_pcm16
@@ -58,12 +58,6 @@ MAX_ITEMS = 500
 MAX_INBOX = 2000
 TAIL_MS = 200
 """Audio after the last frame of speech that is transcribed with it."""
-
-_UNFINISHED = re.compile(
-    r"(?i)\b(?:a|an|and|are|as|at|because|but|by|for|from|if|in|into|is|my|of|on|or|our|so|than|that|the|their|then|to|"
-    r"was|were|when|which|while|who|will|with|your|um|uh|er)[.?!]+$"
-)
-"""A last word that no sentence ends with."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,141 +87,6 @@ class Came:
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Nothing came, but something is due."""
-
-
-@dataclass(slots=True)
-class Item:
-    """A turn of the conversation."""
-
-    id: str
-    role: str
-    kind: str
-    """The type of its one content part."""
-    text: str = ""
-    pending: bool = False
-    """Whether its transcript is still being made."""
-    status: str = "completed"
-    clauses: list[tuple[str, float]] = field(default_factory=list)
-    """Of a spoken answer: each clause with the milliseconds of its sound."""
-    note: Note | None = None
-    """Of an answer that was given to the memory: what was given."""
-
-    def fields(self) -> dict[str, Any]:
-        """Return it as the API shows it."""
-        spoken = self.kind in {"input_audio", "output_audio"}
-        part = {"type": self.kind, "transcript" if spoken else "text": None if self.pending else self.text}
-        shown = {"id": self.id, "object": "realtime.item", "type": "message", "status": self.status, "role": self.role}
-        return {**shown, "content": [] if self.status == "in_progress" else [part]}
-
-    @property
-    def spoken_ms(self) -> float:
-        """How long its sound is."""
-        return sum(ms for _, ms in self.clauses)
-
-    def heard_text(self, heard_ms: float) -> str:
-        """Return the words that were heard after so many milliseconds: whole clauses, and the begun one's share."""
-        text = ""
-        for clause, clause_ms in self.clauses:
-            if heard_ms >= clause_ms:
-                text += clause
-                heard_ms -= clause_ms
-                continue
-            words = clause.split()
-            text += " ".join(words[: int(len(words) * heard_ms / clause_ms)])
-            break
-        return text.strip()
-
-
-@dataclass(slots=True)
-class Reply:
-    """An answer on its way."""
-
-    generation: int
-    job: Job
-    options: wire.ResponseFields
-    item: Item
-    id: str
-    speaks: bool = True
-    kept: bool = True
-    """Whether it becomes part of the conversation."""
-    retracted: bool = False
-    """Whether it answers a turn that was not over; then nothing is remembered of it."""
-    shown: bool = False
-    """Whether the client knows of it."""
-    text: str = ""
-    unsent_text: str = ""
-    pending: deque[Samples] = field(default_factory=deque)
-    sent_ms: float = 0.0
-    played_until_s: float = 0.0
-    """When the sound that was sent will have been played."""
-    untold: list[Looked] = field(default_factory=list)
-    """What a search did before the client knew of the answer."""
-    failure: str = ""
-    """What went wrong before the client knew of the answer."""
-    finished: Finished | None = None
-    stages_s: dict[str, float] = field(default_factory=dict)
-    """When each stage of the turn was reached."""
-
-    @property
-    def heard_ms(self) -> float:
-        """How much of its sound was played by now."""
-        ahead_ms = max(0.0, self.played_until_s - time.monotonic()) * 1000
-        return max(0.0, self.sent_ms - ahead_ms)
-
-
-@dataclass(slots=True)
-class UserTurn:
-    """What somebody is saying, or has just said."""
-
-    item_id: str
-    start_ms: int
-    end_s: float = 0.0
-    """When the speech ended, by the wall clock."""
-    reply: Reply | None = None
-    """The answer prepared since the last pause."""
-    job: Job | None = None
-    heard: Heard | None = None
-    ended: Ended | None = None
-    committed: bool = False
-
-
-class Recording:
-    """The audio of the conversation that may still be needed, at 16 kHz, by its place in time."""
-
-    def __init__(self) -> None:
-        """Begin at 0 ms."""
-        self._bytes = bytearray()
-        self._start = 0
-
-    @property
-    def end(self) -> int:
-        """How many samples were recorded."""
-        return self._start + len(self._bytes) // 4
-
-    def append(self, samples: Samples) -> None:
-        """Record on."""
-        self._bytes += samples.astype("<f4", copy=False).tobytes()
-
-    def cut(self, start_ms: float, end_ms: float | None = None) -> Samples:
-        """Return what was recorded between two places, as far as it is still here."""
-        first = max(0, int(start_ms * HEARING_HZ / 1000) - self._start)
-        last = len(self._bytes) // 4 if end_ms is None else max(0, int(end_ms * HEARING_HZ / 1000) - self._start)
-        return np.frombuffer(bytes(self._bytes[4 * first : 4 * last]), "<f4")
-
-    def forget_before(self, ms: float) -> None:
-        """Let go of what is older."""
-        count = min(int(ms * HEARING_HZ / 1000) - self._start, len(self._bytes) // 4)
-        if count > HEARING_HZ:
-            del self._bytes[: 4 * count]
-            self._start += count
-
-
-def sounds_finished(text: str) -> bool:
-    """Say whether what was said up to a pause is a whole sentence, by Whisper's own punctuation and the last word."""
-    text = text.rstrip("\"'” ")
-    if not text.endswith((".", "?", "!")) or text.endswith(("..", "…")):
-        return False
-    return _UNFINISHED.search(text) is None
 
 
 class Session:

@@ -18,6 +18,7 @@ the reopening window goes on with the same turn.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lorikeet.speech.vad import FRAME_MS
@@ -81,6 +82,21 @@ class Ended:
 
 
 TurnEvent = Started | Paused | Resumed | Ended
+
+
+_UNFINISHED = re.compile(
+    r"(?i)\b(?:a|an|and|are|as|at|because|but|by|for|from|if|in|into|is|my|of|on|or|our|so|than|that|the|their|then|to|"
+    r"was|were|when|which|while|who|will|with|your|um|uh|er)[.?!]+$"
+)
+"""A last word that no sentence ends with."""
+
+
+def sounds_finished(text: str) -> bool:
+    """Say whether what was said up to a pause is a whole sentence, by Whisper's own punctuation and the last word."""
+    text = text.rstrip("\"'” ")
+    if not text.endswith((".", "?", "!")) or text.endswith(("..", "…")):
+        return False
+    return _UNFINISHED.search(text) is None
 
 
 class TurnTaker:
