@@ -5,6 +5,8 @@
 Both quantise one f16 model with one importance matrix into the same types. The models are the packaged one, whose rows
 of 576 no block of 256 divides, and the same function widened to rows of 768: some inputs of every layer stand twice,
 with their weights shared out, and the gains of the norms are multiplied into the weights (Net2Wider, arXiv 1511.05641).
+Seconds and gigabytes are of whole processes; ours reads the Hugging Face folder, the reference a GGUF file in f16. The last
+table is how KL falls with the conversations that the importance matrix is made from.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 from report import ROOT, stamp, table
 from safetensors.torch import load_file, save_file
 
+from lorikeet.compare import ratio_interval
 from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL, Quant
 from lorikeet.data.load import load_conversations
 from lorikeet.engine import LlamaEngine
@@ -39,9 +43,11 @@ from lorikeet.prompt import PromptFormat
 from lorikeet.scoring import Scorer
 from lorikeet.weights import quiet_transformers, resolve_model
 
-CALIBRATION, HELD_OUT_TOKENS = 128, 1000
+CALIBRATION, HELD_OUT_TOKENS = 128, 3000
 HEADS, KEY_HEADS, HEAD_WIDTH, WIDTH = 9, 3, 64, 576
 QUANTS = tuple(quant for quant in reversed(get_args(Quant)) if quant != "f16")
+MATRIX_CONVERSATIONS = (0, 8, 16, 32, 64, 128)
+RESAMPLES = 10_000
 INSTALL = "the reference is in the package ik-llama-cpp-python: pip install it --no-deps into another environment"
 
 
@@ -159,29 +165,43 @@ def compare(ours: Path, reference: Path, exact: Path, importance: Importance | N
     return found
 
 
-def log_probabilities(file: Path, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """Return ln p of every next token at every place of `rows`, by llama.cpp, shape (places, vocabulary)."""
-    parts = []
+def log_probabilities(file: Path, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """Return ln p of every next token at every place of each row, by llama.cpp, shape (places, vocabulary) each."""
+    found = []
     with LlamaEngine(file, scoring=True, context_tokens=2048) as engine:
         scorer = Scorer(engine)
         for ids in rows:
-            for logits in scorer.logits(ids, np.arange(len(ids) - 1)):
-                shifted = logits - logits.max(axis=1, keepdims=True)
-                parts.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-    return np.concatenate(parts)
+            logits = np.concatenate(list(scorer.logits(ids, np.arange(len(ids) - 1))))
+            logits -= logits.max(axis=1, keepdims=True)
+            found.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    return found
 
 
-def divergence(exact: NDArray[np.float32], file: Path, rows: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Return mean, 99th percentile and largest KL in nats of f16 to `file`, and how often both choose the same token."""
-    other = log_probabilities(file, rows)
-    kl = np.concatenate(
-        [
-            (np.exp(a, dtype=np.float64) * (a.astype(np.float64) - b)).sum(axis=1)
-            for a, b in zip(np.array_split(exact, 32), np.array_split(other, 32), strict=True)
-        ]
-    )
-    same = float((exact.argmax(axis=1) == other.argmax(axis=1)).mean())
-    return {"kl": float(kl.mean()), "kl_99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()), "top_1": same}
+@dataclass(frozen=True)
+class Divergence:
+    """KL in nats of f16 to a file, at every place of each conversation, and whether both choose the same token."""
+
+    kl: list[NDArray[np.float64]]
+    same: list[NDArray[np.bool_]]
+
+    @classmethod
+    def of(cls, exact: Sequence[NDArray[np.float32]], file: Path, rows: Sequence[Sequence[int]]) -> Divergence:
+        """Ask llama.cpp with `file`."""
+        other = log_probabilities(file, rows)
+        kl = [np.einsum("ij,ij->i", np.exp(p), p - q, dtype=np.float64) for p, q in zip(exact, other, strict=True)]
+        return cls(kl, [p.argmax(axis=1) == q.argmax(axis=1) for p, q in zip(exact, other, strict=True)])
+
+    def row(self) -> dict[str, float]:
+        """Return mean, 99th percentile and largest KL, and how often the first choice is the same."""
+        kl = np.concatenate(self.kl)
+        same = float(np.concatenate(self.same).mean())
+        return {"kl": float(kl.mean()), "kl_99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()), "top_1": same}
+
+    def minus(self, other: Divergence) -> dict[str, float]:
+        """Return the difference of the mean KL from `other`'s, with its 95 % bootstrap interval over conversations."""
+        sums = np.array([float((a - b).sum()) for a, b in zip(self.kl, other.kl, strict=True)])
+        counts = np.array([len(a) for a in self.kl], dtype=np.int64)
+        return asdict(ratio_interval(sums, counts, level=0.95, resamples=RESAMPLES, seed=0))
 
 
 def measure(folder: Path, reference: Path, work: Path, label: str) -> Iterator[dict[str, Any]]:
@@ -189,7 +209,7 @@ def measure(folder: Path, reference: Path, work: Path, label: str) -> Iterator[d
     prompt = PromptFormat.load(folder)
     conversations = load_conversations(PACKAGED_DATA).conversations
     encoded = [prompt.encode(conversation).ids for conversation in conversations]
-    rows = list(_up_to(reversed(encoded[CALIBRATION:]), HELD_OUT_TOKENS))
+    rows = held_out(encoded)
     importance = collect(folder, encoded[:CALIBRATION], name_of=namer(folder), dtype="float32")
     matrix, legacy, exact = work / "imatrix.gguf", work / "imatrix.dat", work / "f16.gguf"
     importance.save(matrix, dataset=PACKAGED_DATA)
@@ -208,11 +228,41 @@ def measure(folder: Path, reference: Path, work: Path, label: str) -> Iterator[d
             result = {"model": label, "quant": quant, "importance": with_matrix}
             result |= {
                 "bytes": ours.stat().st_size,
+                "bytes_reference": theirs.stat().st_size,
                 "errors": compare(ours, theirs, exact, importance if with_matrix else None),
             }
-            for who, file, used in (("ours", ours, mine), ("reference", theirs, its)):
-                result[who] = {"seconds": used[0], "gigabytes": used[1], **divergence(truth, file, rows)}
+            found = [Divergence.of(truth, file, rows) for file in (ours, theirs)]
+            for who, used, kl in zip(("ours", "reference"), (mine, its), found, strict=True):
+                result[who] = {"seconds": used[0], "gigabytes": used[1], **kl.row()}
+            result["kl_minus_reference"] = found[0].minus(found[1])
             yield result
+
+
+def measure_sizes(folder: Path, work: Path) -> Iterator[dict[str, Any]]:
+    """Yield KL of our Q4_K_M by how many conversations its importance matrix is from; each beside none at all."""
+    prompt = PromptFormat.load(folder)
+    encoded = [prompt.encode(conversation).ids for conversation in load_conversations(PACKAGED_DATA).conversations]
+    rows = held_out(encoded)
+    exact, ours = work / "sizes-f16.gguf", work / "sizes.gguf"
+    write_gguf(folder, exact, quant="f16", name="exact")
+    truth = log_probabilities(exact, rows)
+    none: Divergence | None = None
+    for count in MATRIX_CONVERSATIONS:
+        importance = collect(folder, encoded[:count], name_of=namer(folder), dtype="float32") if count else None
+        write_gguf(folder, ours, quant="q4_k_m", name="ours", importance=importance)
+        found = Divergence.of(truth, ours, rows)
+        none = none or found
+        tokens = importance.tokens if importance else 0
+        taken = importance.conversations if importance else 0
+        yield {"conversations": taken, "tokens": tokens, **found.row(), "kl_minus_none": found.minus(none)}
+
+
+def held_out(encoded: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Return the first conversations after those of the matrix that have `HELD_OUT_TOKENS` together.
+
+    The rule by which importance is weighed was picked on the last ones of the file.
+    """
+    return list(_up_to(encoded[CALIBRATION:], HELD_OUT_TOKENS))
 
 
 def _reference_type(kind: str) -> str:
@@ -227,32 +277,28 @@ def _up_to(rows: Any, tokens: int) -> Any:
         yield row
 
 
-def show(results: list[dict[str, Any]]) -> str:
+def show(results: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> str:
     """Return the tables for the README."""
-    head = ["Model", "Type", "Importance", "MB", "Error, worst tensor", "Error, mean", "KL", "KL, reference"]
-    head += ["Same token", "s", "s, reference", "GB", "GB, reference"]
+    head = ["Model", "Type", "Matrix", "MB", "KL", "KL, reference", "Difference, 95 %", "Error, worst tensor"]
+    head += ["Error, mean", "Same token", "s", "s, reference", "GB", "GB, reference"]
     lines = []
     for result in results:
         ours, other, errors = result["ours"], result["reference"], result["errors"]
         of = errors["weighted" if result["importance"] else "plain"]
-        lines.append(
-            [
-                result["model"],
-                result["quant"],
-                "yes" if result["importance"] else "no",
-                f"{result['bytes'] / 1e6:.0f}",
-                f"{of['worst']:.3f}",
-                f"{of['mean']:.3f}",
-                f"{ours['kl']:.4f}",
-                f"{other['kl']:.4f}",
-                f"{ours['top_1']:.3f}",
-                f"{ours['seconds']:.1f}",
-                f"{other['seconds']:.1f}",
-                f"{ours['gigabytes']:.2f}",
-                f"{other['gigabytes']:.2f}",
-            ]
-        )
-    return table(head, lines)
+        line = [result["model"], result["quant"], "yes" if result["importance"] else "no"]
+        line += [f"{result['bytes'] / 1e6:.0f}", f"{ours['kl']:.4f}", f"{other['kl']:.4f}"]
+        line += [_interval(result["kl_minus_reference"]), f"{of['worst']:.3f}", f"{of['mean']:.3f}"]
+        line += [f"{ours['top_1']:.3f}", f"{ours['seconds']:.1f}", f"{other['seconds']:.1f}"]
+        lines.append([*line, f"{ours['gigabytes']:.2f}", f"{other['gigabytes']:.2f}"])
+    by_size = [
+        [str(row["conversations"]), str(row["tokens"]), f"{row['kl']:.4f}", _interval(row["kl_minus_none"])]
+        for row in sizes
+    ]
+    return f"{table(head, lines)}\n\n{table(['Conversations', 'Tokens', 'KL', 'Minus none, 95 %'], by_size)}"
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
 
 
 def main() -> None:
@@ -269,7 +315,8 @@ def main() -> None:
         return
     if options.reference is None or not options.reference.is_file():
         raise SystemExit(f"--reference names no file; {INSTALL}")
-    results = []
+    results: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         base = resolve_model(PACKAGED_MODEL)
@@ -278,8 +325,12 @@ def main() -> None:
             for result in measure(folder, options.reference, work, label):
                 results.append(result)
                 print(json.dumps(result), file=sys.stderr, flush=True)
-                stamp(ROOT / "benchmarks" / "results" / "quantize.json", {"results": results})
-    print(show(results))
+        for row in measure_sizes(base, work):
+            sizes.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    held = {"held_out_tokens": HELD_OUT_TOKENS, "results": results, "matrix_sizes": sizes}
+    stamp(ROOT / "benchmarks" / "results" / "quantize.json", held)
+    print(show(results, sizes))
 
 
 if __name__ == "__main__":

@@ -108,10 +108,10 @@ def edit_config(folder: Path, **values: Any) -> None:
 SENTENCEPIECE = {"llama", "mistral", "gemma", "gemma2", "gemma3_text"}
 
 
-def family_model(folder: Path, family: str, **config: Any) -> Path:
-    """Save a random model of a family, its norms as random as its weights."""
+def family_model(folder: Path, family: str, *, tied: bool | None = None, **config: Any) -> Path:
+    """Save a random model of a family, its norms as random as its weights; tied unless it is Mistral's, or as `tied` says."""
     tokenizer = make_sentencepiece() if family in SENTENCEPIECE else make_tokenizer()
-    make_model(folder, family=family, tied=family != "mistral", tokenizer=tokenizer, seed=3)
+    make_model(folder, family=family, tied=family != "mistral" if tied is None else tied, tokenizer=tokenizer, seed=3)
     gemma = {"query_pre_attn_scalar": 16} if family in {"gemma2", "gemma3_text"} else {}
     edit_config(folder, **gemma, **config)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -217,6 +217,7 @@ def test_special_ids_types_and_scores_are_written(tmp_path: Path) -> None:
     assert kinds["\n\n"] == TokenType.USER_DEFINED
     assert kinds[SPACE * 2] == kinds["the"] == TokenType.NORMAL
     assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert metadata["tokenizer.ggml.eot_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert metadata["tokenizer.ggml.add_bos_token"] is True
     assert metadata["tokenizer.ggml.add_space_prefix"] is False
     assert len(GGUFReader(path).tensors) == len(read_header(path).tensors)

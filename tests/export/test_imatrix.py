@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, quants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.errors import InputError
-from lorikeet.export import imatrix, stage
+from lorikeet.export import budget, imatrix, stage
 from lorikeet.export.gguf import namer, write_gguf
 from lorikeet.export.imatrix import Importance, collect
 from lorikeet.gguf_header import read_header
@@ -132,6 +132,58 @@ def test_the_model_is_run_on_so_many_tokens_and_no_more(tmp_path: Path, monkeypa
     monkeypatch.setattr(imatrix, "MAX_LENGTH", 4)
     found = collected(folder)
     assert (found.tokens, found.conversations) == (4, 1)
+
+
+class Machine:
+    """A clock that moves on when the model is run: a second a conversation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        forward = LlamaModel.forward
+        monkeypatch.setattr(budget.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: (self.run(), forward(*a, **k))[1])
+
+    def run(self) -> None:
+        self.now_s += 1.0
+
+
+@pytest.mark.parametrize(("budget_s", "count"), [(60, 40), (30, 30), (1, imatrix.LEAST_CONVERSATIONS)])
+def test_as_many_conversations_as_fit_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float, count: int
+) -> None:
+    folder = make_model(tmp_path / "model")
+    said: list[str] = []
+    told: list[tuple[int, int]] = []
+    machine = Machine(monkeypatch)
+    rows = [[5, 9, 30 + n] for n in range(40)]
+    found = collect(
+        folder,
+        rows,
+        name_of=namer(folder),
+        dtype="float32",
+        budget_s=budget_s,
+        progress=lambda *now: told.append(now),
+        say=said.append,
+    )
+    assert (found.conversations, found.tokens, machine.now_s) == (count, 3 * count, count)
+    assert said[0].startswith(f"importance matrix: {count} of 40 conversations, 3 tokens/s, {count - 16} s left")
+    assert ("all of them need --budget-s 44" in said[0]) is (count < 40)
+    assert told[-1] == (count, count)
+
+
+def test_base_and_tuned_are_asked_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of the two, whichever it is and however much time it has, gets what the first got."""
+    run = tuned_run(tmp_path)
+    Machine(monkeypatch)
+    stage.export(run.root, ExportConfig(quant=("q4_0",), strength="1", budget_s=20))
+    matrix = base_gguf_path(run.manifest(), "q4_0").with_name("imatrix.gguf")
+    assert (
+        Importance.load(matrix).conversations == Importance.load(run.root / "data" / "imatrix.gguf").conversations == 20
+    )
+    (run.root / "data" / "imatrix.gguf").unlink()
+    (run.root / "gguf" / "model-q4_0.gguf").unlink()
+    stage.export(run.root, ExportConfig(quant=("q4_0",), strength="1", budget_s=40))
+    assert Importance.load(run.root / "data" / "imatrix.gguf").conversations == 20
 
 
 def test_inputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:

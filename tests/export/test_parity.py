@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from safetensors.torch import load_file, save_file
 
+from lorikeet import cli
 from lorikeet.config import ExportConfig, TuneConfig, VerifyConfig
+from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
 from lorikeet.export import gguf, merge, parity, served
 from lorikeet.export.checks import Checks
@@ -27,6 +33,7 @@ from lorikeet.export.trained import Greedy
 from lorikeet.files import sha256_text
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
+from lorikeet.weights import base_gguf_path
 
 from ..conftest import CHATML, make_conversations, make_model, make_tokenizer, write_jsonl
 
@@ -74,7 +81,9 @@ def no_route(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exported(run: RunFolder, *quants: Any) -> RunFolder:
-    return export(run.root, ExportConfig(quant=quants or ("q8_0",)))
+    quant = ",".join(quants or ("q8_0",))
+    assert cli.run(["export", str(run.root), "--quant", quant, "--no-verify"]) == 0
+    return run
 
 
 def record(run: RunFolder, *names: str) -> None:
@@ -85,9 +94,13 @@ def record(run: RunFolder, *names: str) -> None:
 
 
 def failed(run: RunFolder) -> set[str]:
-    certificate = verify(run.root, QUICK)
+    """Return the names of the checks that `lorikeet verify` says failed; it exits 1 if there are any."""
+    options = [f"--{field.name.replace('_', '-')}={getattr(QUICK, field.name)}" for field in fields(QUICK)]
+    with redirect_stdout(StringIO()) as out:
+        code = cli.run(["verify", str(run.root), "--json", *options])
+    certificate = json.loads(out.getvalue())
     names = {check["name"] for check in certificate["checks"] if not check["pass"]}
-    assert certificate["pass"] == (not names)
+    assert certificate["pass"] == (not names) == (code == 0) and code in {0, 1}
     return names
 
 
@@ -96,6 +109,20 @@ def edit_gguf(path: Path, key: str, value: Any) -> None:
     field = GGUFReader(path, "r+").fields[key]
     part = field.parts[field.data[0]]
     part[:] = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else value
+
+
+def set_gguf(key: str, value: Any, kind: GGUFValueType) -> Callable[[RunFolder], None]:
+    """Give the file a key of any length, one that it had or a new one, with the `gguf` package's own tool."""
+
+    def plant(run: RunFolder) -> None:
+        path = run.root / Q8
+        beside, reader = path.with_suffix(".new"), GGUFReader(path)
+        writer = GGUFWriter(beside, arch=str(reader.fields["general.architecture"].contents()))
+        removed = [key] if kind == GGUFValueType.ARRAY and key in reader.fields else []
+        copy_with_new_metadata(reader, writer, {key: MetadataDetails(kind, value)}, removed)
+        beside.replace(path)
+
+    return plant
 
 
 def edit_json(path: Path, **values: Any) -> None:
@@ -189,10 +216,74 @@ def other_base(run: RunFolder) -> None:
     run.update(base=model_identity(str(base), base))
 
 
+def file_of_another_run_before(run: RunFolder) -> None:
+    """Merged weights are there, and beside them another run's file, which run.json says was made from them."""
+    other = RunFolder.open(run.root.parent / "other")
+    exported(other)
+    export(run.root, ExportConfig(formats=("merged",)))
+    (run.root / "gguf").mkdir()
+    shutil.copyfile(other.root / Q8, run.root / Q8)
+    record(run, Q8)
+
+
+def template_with_a_space_at_its_end(run: RunFolder) -> None:
+    file = run.root / "adapter" / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+    record(run, "adapter")
+    run.update(template={**run.manifest()["template"], "sha256": sha256_text(file.read_text())})
+
+
+def norm_of_zeros(run: RunFolder) -> None:
+    export(run.root, ExportConfig(formats=("merged",)))
+    edit_tensor(run, "model.layers.1.input_layernorm.weight", lambda value: value * 0)
+
+
+def layers_exchanged(run: RunFolder) -> None:
+    export(run.root, ExportConfig(formats=("merged",)))
+    other = load_file(run.root / "merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    edit_tensor(run, "model.layers.1.mlp.up_proj.weight", lambda _: other.clone())
+
+
+def edit_tensor(run: RunFolder, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    path = run.root / "merged" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, name: change(weights[name])}, path, metadata={"format": "pt"})
+    record(run, "merged")
+
+
+def roles_exchanged(run: RunFolder) -> None:
+    edit_json(run.root / "adapter" / "tokenizer_config.json", pad_token="<|im_start|>")
+    record(run, "adapter")
+
+
+def rank_stabilised_by_name(run: RunFolder) -> None:
+    edit_json(run.root / "adapter" / "adapter_config.json", use_rslora=True)
+    record(run, "adapter")
+
+
+def another_system_prompt(run: RunFolder) -> None:
+    run.update(system_prompt="Answer in French.")
+
+
+def system_prompt_forgotten(run: RunFolder) -> None:
+    for name in ("calibration", "validation", "heldout"):
+        path = run.root / "data" / f"{name}.jsonl"
+        led = [c.with_system("Answer in French.") for c in load_conversations(str(path)).conversations]
+        record(run, f"data/{write_jsonl(path, led).name}")
+
+
 @pytest.mark.usefixtures("no_route")
 @pytest.mark.parametrize(
     ("plant", "name"),
     [
+        (file_of_another_run_before, "tuning_lost_q8_0"),
+        (template_with_a_space_at_its_end, "template"),
+        (norm_of_zeros, "unadapted_weights"),
+        (layers_exchanged, "merged_weights"),
+        (roles_exchanged, "tokenizer"),
+        (rank_stabilised_by_name, "adapter_scale"),
+        (another_system_prompt, "system_prompt"),
+        (system_prompt_forgotten, "system_prompt"),
         (changed_template, "template"),
         (doubled_bos, "one_bos"),
         (missing_stop, "stop_token"),
@@ -293,6 +384,18 @@ def _two_of_one_length(tokens: list[Any]) -> tuple[int, int]:
     return long[0], long[1]
 
 
+def special_tokens_shifted(run: RunFolder) -> None:
+    field = GGUFReader(run.root / Q8, "r+").fields["tokenizer.ggml.token_type"]
+    kinds = [field.parts[place] for place in field.data]
+    for part, kind in zip(kinds, [int(kinds[-1][0]), *(int(kind[0]) for kind in kinds[:-1])], strict=True):
+        part[:] = kind
+
+
+def a_norm_of_zeros(run: RunFolder) -> None:
+    tensor = next(t for t in GGUFReader(run.root / Q8, "r+").tensors if t.name == "blk.1.ffn_norm.weight")
+    tensor.data[:] = 0
+
+
 def one_row_shuffled(run: RunFolder) -> None:
     tensor = next(t for t in GGUFReader(run.root / Q8, "r+").tensors if t.name == "blk.1.ffn_up.weight")
     tensor.data[[3, 4]] = tensor.data[[4, 3]]
@@ -310,6 +413,14 @@ def one_row_shuffled(run: RunFolder) -> None:
         (edited("llama.attention.layer_norm_rms_epsilon", 1e-2), "header_q8_0"),
         (edited("tokenizer.ggml.pre", "falcon"), "header_q8_0"),
         (swapped_tokens, "header_q8_0"),
+        (special_tokens_shifted, "header_q8_0"),
+        (set_gguf("tokenizer.chat_template", BOS_TEMPLATE + "\n", GGUFValueType.STRING), "template"),
+        (set_gguf("tokenizer.chat_template.rag", CHATML, GGUFValueType.STRING), "header_q8_0"),
+        (set_gguf("general.sampling.temp", 1.5, GGUFValueType.FLOAT32), "header_q8_0"),
+        (set_gguf("llama.rope.scaling.factor", 4.0, GGUFValueType.FLOAT32), "header_q8_0"),
+        (set_gguf("llama.attention.causal", False, GGUFValueType.BOOL), "header_q8_0"),
+        (set_gguf("tokenizer.ggml.eot_token_id", 300, GGUFValueType.UINT32), "header_q8_0"),
+        (a_norm_of_zeros, "weights_q8_0"),
         (one_row_shuffled, "weights_q8_0"),
     ],
 )
@@ -338,6 +449,46 @@ def test_a_route_that_answers_otherwise_is_caught(run: RunFolder, monkeypatch: p
 
     monkeypatch.setattr(served, "ask", shouting)
     assert {"served_prompt_q8_0", "served_answers_q8_0"} <= failed(run)
+
+
+# ------------------------------------------------------------------------------------------- answers that quantising turns
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_a_flip_is_the_bases_own_if_the_base_flips_too_and_counts_if_it_does_not(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights leave their greedy answers in four bits; with no gap allowed every such answer is one."""
+    limits = {name: replace(limit, tie=0.0) for name, limit in parity.LIMITS.items()}
+    monkeypatch.setattr(parity, "LIMITS", limits)
+    exported(run, "f16", "q4_0")
+    own = verify(run.root, QUICK)
+    assert verdict(own, "greedy_q4_0") == (True, 0)
+    rows = [row for row in own["answers"]["q4_0"] if row["kind"] != "same"]
+    assert rows and {row["kind"] for row in rows} == {"the base's own"}
+    assert all(row["gap"] > 0 and row["base_gap"] > 0 and row["base_served"] != row["base_trained"] for row in rows)
+    assert any("the untuned base, written as the same type, leaves its own answer here too" in n for n in notes(own))
+    page = (run.reports / "parity.html").read_text()
+    assert "base&#x27;s own" in page or "base's own" in page or "base&#39;s own" in page
+    steady, flipping = (base_gguf_path(run.manifest(), quant) for quant in ("f16", "q4_0"))
+    kept = flipping.read_bytes()
+    try:
+        flipping.write_bytes(steady.read_bytes())  # a base that keeps its answers
+        counted = verify(run.root, QUICK)
+    finally:
+        flipping.write_bytes(kept)
+    assert verdict(counted, "greedy_q4_0") == (False, len(rows))
+    assert {row["kind"] for row in counted["answers"]["q4_0"]} <= {"same", "divergence"}
+    assert any("more than rounding explains" in note for note in notes(counted))
+
+
+def verdict(certificate: dict[str, Any], name: str) -> tuple[bool, float]:
+    check = next(check for check in certificate["checks"] if check["name"] == name)
+    return check["pass"], check["value"]
+
+
+def notes(certificate: dict[str, Any]) -> list[str]:
+    return [note for check in certificate["checks"] if check["name"] == "greedy_q4_0" for note in check["notes"]]
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers

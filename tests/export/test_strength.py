@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.prose import MOST_FORGOTTEN
 from lorikeet.errors import InputError
-from lorikeet.export import strength
+from lorikeet.export import budget, strength, trained
+from lorikeet.export.budget import Clock
 from lorikeet.export.merge import load_adapter
 from lorikeet.export.stage import export
 from lorikeet.run import RunFolder
@@ -80,8 +83,8 @@ def scale(run: RunFolder) -> float:
     return load_adapter(run.root / "adapter").scale
 
 
-def settled(run: RunFolder, asked: str) -> dict[str, Any]:
-    export(run.root, ExportConfig(formats=ADAPTER_ONLY, strength=asked))
+def settled(run: RunFolder, asked: str, **more: Any) -> dict[str, Any]:
+    export(run.root, ExportConfig(formats=ADAPTER_ONLY, strength=asked, **more))
     run.verify("adapter")
     entry: dict[str, Any] = run.manifest()["strength"]
     return entry
@@ -135,7 +138,7 @@ def test_a_weaker_strength_is_taken_where_instructions_are_lost(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, follows: dict[float, int], chosen: float, asked: list[float]
 ) -> None:
     """The first so many of the prompts are followed; one fewer may be an accident, eight fewer are not."""
-    monkeypatch.setattr(strength, "choose", lambda _: 1.0)
+    monkeypatch.setattr(strength, "choose", lambda *_: 1.0)
     monkeypatch.setattr(
         strength,
         "_followed",
@@ -154,7 +157,7 @@ def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
 
     from lorikeet.prompt import PromptFormat
 
-    _, before, _ = strength.measure(run, tiny_model, alpha_now=16, tuned_alpha=16)
+    before = strength.measure(run, tiny_model, unit=1.0, clock=Clock(seconds=600)).table
     prompt = PromptFormat.load(run.root / "adapter")
     model: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(run.root / "adapter")
@@ -168,9 +171,8 @@ def test_the_table_is_that_of_peft(run: RunFolder, tiny_model: Path) -> None:
         mask = torch.tensor(row.supervised[1:])
         total, count = total + float(lost[mask].sum()), count + float(mask.sum())
     assert before[4]["validation_loss"] == pytest.approx(total / count, abs=1e-4)
-    alpha = json.loads((run.root / "adapter" / strength.CONFIG).read_text())["lora_alpha"]
     settled(run, "0.5")
-    _, after, _ = strength.measure(run, tiny_model, alpha_now=alpha / 2, tuned_alpha=alpha)
+    after = strength.measure(run, tiny_model, unit=2.0, clock=Clock(seconds=600)).table
     assert after == before
 
 
@@ -227,3 +229,79 @@ def test_a_run_without_validation_conversations_keeps_the_whole_adapter(run: Run
     run.forget(strength.VALIDATION)
     entry = settled(run, "auto")
     assert entry["strength"] == 1.0 and "keeps no data/validation.jsonl" in entry["why"] and scale(run) == full
+
+
+class Slow:
+    """A clock of a machine that computes so many tokens a second, whatever this one does."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self.now_s, self.rate = 0.0, tokens_per_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def run(self, tokens: int) -> None:
+        self.now_s += tokens / self.rate
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """A machine of a hundred tokens a second."""
+    clock, losses = Slow(100.0), trained.TorchModel.losses
+    monkeypatch.setattr(budget.time, "monotonic", clock.monotonic)
+
+    def counted(model: Any, rows: Any, *, done: Callable[[int], None] = lambda _: None) -> Any:
+        def told(tokens: int) -> None:
+            clock.run(tokens)
+            done(tokens)
+
+        return losses(model, rows, done=told)
+
+    monkeypatch.setattr(trained.TorchModel, "losses", counted)
+    return clock
+
+
+def test_with_less_time_less_is_compared_and_more_time_compares_again(
+    run: RunFolder, slow: Slow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = write_jsonl(run.root / "data" / "validation.jsonl", make_conversations(40))
+    run.record(strength.VALIDATION, many)
+    cut = settled(run, "auto", budget_s=150)
+    error = capsys.readouterr().err
+    compared = int(re.search(r"on (\d+) validation conversations", cut["why"])[1])  # type: ignore[index]
+    assert strength.LEAST_CONVERSATIONS <= compared < 40 and slow.now_s < 150
+    assert f"5 strengths on {compared} conversations and plain prose, 100 tokens/s" in error
+    assert f"  {compared} of 40 validation conversations were compared\n" in error
+    assert settled(run, "auto", budget_s=150) == cut
+    enough = float(re.search(r"--budget-s (\d+) leaves nothing out", error)[1])  # type: ignore[index]
+    whole = settled(run, "auto", budget_s=enough)
+    assert "on 40 validation conversations" in whole["why"] and "cut_at_s" not in whole
+    assert "--budget-s" not in capsys.readouterr().err
+
+
+def test_without_time_the_whole_adapter_is_kept_and_it_is_said(
+    run: RunFolder, slow: Slow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = scale(run)
+    entry = settled(run, "auto", budget_s=10)
+    assert (entry["strength"], entry["table"], scale(run)) == (1.0, [], full)
+    error = capsys.readouterr().err
+    assert "adapter strength 1 (not measured: the time given is too short)" in error
+    needed = re.search(r"--budget-s (\d+) measures; --strength sets it", error)
+    assert needed
+    assert settled(run, "auto", budget_s=float(needed[1]))["table"]
+
+
+def test_a_difference_within_the_noise_of_the_conversations_is_a_tie() -> None:
+    losses = strength._Losses(None, [], [], unit=1.0, clock=Clock(seconds=1), progress=lambda *_: None)  # type: ignore[arg-type]
+    losses._counts = np.full(8, 10)
+    losses._sums = {1.0: np.full(8, 30.0), 0.75: np.array([25.0, 36] * 4), 0.5: np.array([31.0, 32] * 4)}
+    rows = {s: {"strength": s, "validation_loss": sums.sum() / 80} for s, sums in losses._sums.items()}
+    assert strength.is_dearer(rows[0.75], rows[1.0]) and not losses.are_dearer(rows[0.75], rows[1.0])
+    assert losses.are_dearer(rows[0.5], rows[1.0])
+
+
+@pytest.mark.parametrize("budget_s", [-1.0, float("nan")])
+def test_what_is_no_time_is_refused(run: RunFolder, budget_s: float) -> None:
+    with pytest.raises(InputError, match="--budget-s is"):
+        settled(run, "auto", budget_s=budget_s)

@@ -178,32 +178,46 @@ def head_faults(base: Model, merged: Model | None, headers: Mapping[str, Header]
 
 
 def header_faults(header: Header, model: Model, quant: str) -> list[str]:
-    """Return the settings of a GGUF file that are not those of `model`'s configuration."""
+    """Return the settings of a GGUF file that are not those of `model`'s configuration, and those it does not call for."""
     metadata, arch = header.metadata, str(header.metadata.get("general.architecture"))
+    expected = {key.format(arch=arch): wanted for key, wanted in _expected_header(model, quant, arch).items()}
     faults = []
-    for key, wanted in _expected_header(model, quant).items():
-        key = key.format(arch=arch)
+    for key, wanted in expected.items():
         found = metadata.get(key)
         if found is None and not key.endswith(OPTIONAL):
             faults.append(f"{key} is missing; it should be {wanted}")
         elif found is not None and not _equal(found, wanted):
             faults.append(f"{key} is {found}; it should be {wanted}")
-    return faults
+    known = expected.keys() | TOKENIZER_KEYS
+    strangers = [key for key in metadata if key.startswith((f"{arch}.", *STEERING)) and key not in known]
+    return [*faults, *(f"{key} is not called for; it is {str(metadata[key])[:40]}" for key in strangers)]
 
 
-OPTIONAL = ("vocab_size", "key_length", "value_length", "dimension_count", "sliding_window", "file_type", "softcapping")
+OPTIONAL = (
+    *("vocab_size", "key_length", "value_length", "dimension_count", "sliding_window", "sliding_window_pattern"),
+    *("file_type", "softcapping", "freq_base_swa"),
+)
 """Settings that llama.cpp can do without; if a file has them they must be right."""
 
+STEERING = ("general.sampling.", "tokenizer.")
+"""Beside the architecture's own, keys with these starts change what a file answers."""
 
-def _expected_header(model: Model, quant: str) -> dict[str, Any]:
-    """Return GGUF keys and values for a Hugging Face configuration."""
+TOKENIZER_KEYS = frozenset(
+    {"tokenizer.chat_template"}
+    | {f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "token_type", "scores", "merges")}
+    | {f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    | {f"tokenizer.ggml.add_{what}" for what in ("bos_token", "eos_token", "space_prefix")}
+)
+"""What a file may say of its tokenizer; what it says is compared with the tokenizer and by the tokens that it gives."""
+
+
+def _expected_header(model: Model, quant: str, arch: str) -> dict[str, Any]:
+    """Return GGUF keys and values for a Hugging Face configuration, in llama.cpp's architecture `arch`."""
     from gguf import LlamaFileType
 
     config = model.config
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
     expected = {
-        "{arch}.context_length": config["max_position_embeddings"],
+        "{arch}.context_length": _longest_context(config, arch),
         "{arch}.embedding_length": config["hidden_size"],
         "{arch}.block_count": config["num_hidden_layers"],
         "{arch}.feed_forward_length": config["intermediate_size"],
@@ -213,15 +227,43 @@ def _expected_header(model: Model, quant: str) -> dict[str, Any]:
         "{arch}.attention.key_length": model.head_width,
         "{arch}.attention.value_length": model.head_width,
         "{arch}.rope.dimension_count": model.head_width,
-        "{arch}.rope.freq_base": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
         "{arch}.vocab_size": config["vocab_size"],
         "general.file_type": int(LlamaFileType[f"MOSTLY_{quant.upper()}"]),
+        **_expected_rope(config),
     }
-    if rope.get("rope_type") == "linear":
+    if arch in WINDOWED and config.get("sliding_window"):
+        expected["{arch}.attention.sliding_window"] = config["sliding_window"]
+        expected["{arch}.attention.sliding_window_pattern"] = [k == "sliding_attention" for k in config["layer_types"]]
+    if config.get("final_logit_softcapping"):
+        expected["{arch}.final_logit_softcapping"] = config["final_logit_softcapping"]
+    if arch == "gemma2":
+        expected["{arch}.attn_logit_softcapping"] = config["attn_logit_softcapping"]
+    return expected
+
+
+WINDOWED = ("gemma2", "gemma3")
+"""llama.cpp's architectures of which some layers look back a window only."""
+
+
+def _longest_context(config: Mapping[str, Any], arch: str) -> int:
+    """Return how long a text may be: no longer than a window where llama.cpp would look back further."""
+    longest, window = int(config["max_position_embeddings"]), config.get("sliding_window")
+    sliding = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    return min(longest, int(window)) if window and sliding and arch not in WINDOWED else longest
+
+
+def _expected_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings; those of Llama 3 are a tensor, `rope_freqs.weight`."""
+    kinds = config.get("rope_parameters") or {}
+    rope = kinds.get("full_attention", kinds)
+    expected = {"{arch}.rope.freq_base": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0}
+    if "sliding_attention" in kinds:
+        expected["{arch}.rope.freq_base_swa"] = kinds["sliding_attention"]["rope_theta"]
+    if rope.get("rope_type") in {"linear", "yarn"}:
+        expected["{arch}.rope.scaling.type"] = rope["rope_type"]
         expected["{arch}.rope.scaling.factor"] = rope["factor"]
-    for key, name in (("sliding_window", "attention.sliding_window"), ("final_logit_softcapping",) * 2):
-        if config.get(key) and (key != "sliding_window" or config.get("use_sliding_window", True)):
-            expected[f"{{arch}}.{name}"] = config[key]
+    if rope.get("rope_type") == "yarn":
+        expected["{arch}.rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return expected
 
 
@@ -257,6 +299,10 @@ def vocabulary_faults(header: Header, prompt: PromptFormat) -> list[str]:
     for role, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if metadata.get(f"tokenizer.ggml.{role}_token_id") != index:
             faults.append(f"{role}_token_id is {metadata.get(f'tokenizer.ggml.{role}_token_id')}, not {index}")
+    for role in ("eot", "eom"):
+        index = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if index is not None and index not in prompt.stop_ids | prompt.special_ids:
+            faults.append(f"{role}_token_id is {index}, which ends no answer")
     return faults
 
 

@@ -11,6 +11,7 @@ one sum for each column. It knows neither block types nor run folders.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,13 @@ from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from lorikeet.errors import InputError
+from lorikeet.export.budget import Clock
 
 MAX_TOKENS = 8192
 """Tokens that are run through the model at most; see docs/decisions/0004-quantisation.md for what more would give."""
+
+LEAST_CONVERSATIONS = 16
+"""So many are run whatever the budget of time; they already lower KL, see docs/decisions/0004-quantisation.md."""
 
 MAX_LENGTH = 2048
 """Longest part of one conversation that is run, in tokens."""
@@ -33,6 +38,7 @@ MAX_LENGTH = 2048
 FILE = "imatrix.gguf"
 
 Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +105,18 @@ def collect(
     *,
     name_of: Callable[[str], str | None],
     dtype: str,
+    budget_s: float = math.inf,
     progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> Importance:
     """Run the model in `folder` on `rows` of token ids, up to `MAX_TOKENS`, and return the matrix of its linear layers.
 
-    `name_of` gives llama.cpp's name of a weight; the head is left out, as llama.cpp leaves it. `dtype` is what the
-    model computes in. Raises InputError if an input is not finite.
+    The first `LEAST_CONVERSATIONS` are always run; at their rate, as many more as fit into `budget_s` follow. `say` is told
+    how many, at what rate. `name_of` gives llama.cpp's name of a weight; the head is left out, as llama.cpp leaves it. `dtype`
+    is what the model computes in. Raises InputError if an input is not finite.
     """
     from transformers import AutoModelForCausalLM
 
-    chosen = _up_to(rows, MAX_TOKENS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = torch.float32 if (device, dtype) == ("cpu", "float16") else getattr(torch, dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True)
@@ -117,14 +125,41 @@ def collect(
     linear = {name: module for name, module in named.items() if _is_layer(name, module)}
     sums = {name: torch.zeros(module.in_features, device=device) for name, module in linear.items()}
     counts = dict.fromkeys(linear, 0)
+    conversations = 0
     with _watched(linear, sums, counts), torch.inference_mode():
-        for done, ids in enumerate(chosen, start=1):
+        for ids in _within(_up_to(rows, MAX_TOKENS), Clock(seconds=budget_s), progress, say):
             model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-            progress(done, len(chosen))
+            conversations += 1
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise InputError(f"{folder}: the inputs of {name} are not finite; the model is broken")
-    return Importance({name: total.cpu().numpy() for name, total in sums.items()}, counts, len(chosen))
+    return Importance({name: total.cpu().numpy() for name, total in sums.items()}, counts, conversations)
+
+
+def _within(rows: Sequence[Sequence[int]], clock: Clock, progress: Progress, say: Say) -> Iterator[Sequence[int]]:
+    """Yield the first rows, and as many of the others as fit into the clock's time; each is run before the next is asked for."""
+    costs = [len(row) for row in rows]
+    count = len(rows)
+    for done, row in enumerate(rows, start=1):
+        if done > count:
+            return
+        yield row
+        clock.tick(len(row))
+        if done == min(LEAST_CONVERSATIONS, len(rows)):
+            count = done + clock.fit(costs[done:])
+            say(_plan(done, count, costs, clock))
+        progress(done, count)
+
+
+def _plan(done: int, count: int, costs: Sequence[int], clock: Clock) -> str:
+    """Say what is run, at what rate, how long that takes, and what would give it all of the conversations."""
+    rate = f"{clock.tokens_per_s:.0f} tokens/s" if math.isfinite(clock.tokens_per_s) else "one conversation"
+    left_s = clock.needs_s(sum(costs[done:count]))
+    line = f"importance matrix: {count} of {len(costs)} conversations, {rate}, {left_s:.0f} s left"
+    if count == len(costs):
+        return line
+    whole_s = clock.spent_s + clock.needs_s(sum(costs[done:]))
+    return f"{line}; all of them need --budget-s {math.ceil(1.1 * whole_s)}"
 
 
 def _up_to(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:

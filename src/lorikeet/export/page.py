@@ -13,6 +13,7 @@ MEANINGS = {
     "recorded_files": "Files are those that run.json records",
     "template": "The chat template is the base's, its date frozen",
     "tokenizer": "The tokenizer is the base's",
+    "system_prompt": "Answers are led by the system prompt of the conversations that tuning kept",
     "rendered_tokens": "Prompts have exactly the tokens that tuning saw",
     "one_bos": "A prompt begins with one BOS, or none where the base has none",
     "stop_token": "The token that ends a turn ends the answer",

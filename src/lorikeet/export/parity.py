@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from lorikeet.export.contents import Model
 from lorikeet.export.page import write_page
 from lorikeet.export.probes import Probes, choose_probes
 from lorikeet.export.trained import AdapterModel, Greedy, TorchModel, pick_dtype
+from lorikeet.export.vocabulary import end_of_turn
 from lorikeet.files import sha256_text, sha256_tree, write_atomic
 from lorikeet.gguf_header import Header, read_header
 from lorikeet.messages import Conversation, Message
@@ -84,6 +86,10 @@ VALIDATION_TOKENS = 20_000
 
 FEW_TOKENS = 2
 """Tokens whose first choice may change besides the share allowed: of fifty, one is two per cent."""
+
+USUAL_SHARE = 0.75
+"""Share of the kept conversations that have one system prompt above which the run's is that one: tuning took the one that more
+than half of all had."""
 
 SCALE_LIMIT = 0.02
 """How far from 1 the number of times that the adapter is in the merged weights may be."""
@@ -143,6 +149,7 @@ def verify(root: Path, config: VerifyConfig) -> dict[str, Any]:
     hashes = {name: sha256_tree(root / name) for name in subject.run.certifiable()}
     with _progress(subject) as say:
         _check_records(subject, hashes)
+        _check_system_prompt(subject)
         _check_files(subject)
         say("adapter on base, in torch")
         reference = _check_adapter(subject, say)
@@ -194,18 +201,12 @@ def _open(run: RunFolder, config: VerifyConfig) -> Subject:
     subject = Subject(run, manifest, base, None, prompt, end_of_turn(prompt), probes, config)
     for name in (
         *("recorded_files", "template", "tokenizer", "rendered_tokens", "one_bos", "stop_token", "tied_head"),
-        *("adapter_is_tuned", "merged_config", "unadapted_weights"),
+        *("adapter_is_tuned", "merged_config", "unadapted_weights", "system_prompt"),
     ):
         subject.checks.begin(name, artefact="run")
     _find_merged(subject)
     _find_ggufs(subject)
     return subject
-
-
-def end_of_turn(prompt: PromptFormat) -> int:
-    """Return the token that ends an answer: the last one that tuning supervises."""
-    row = prompt.encode(Conversation((Message("user", "Hello"), Message("assistant", "Yes"))))
-    return row.ids[max(place for place, counted in enumerate(row.supervised) if counted)]
 
 
 def _find_merged(subject: Subject) -> None:
@@ -253,6 +254,24 @@ def _check_records(subject: Subject, hashes: dict[str, dict[str, str]]) -> None:
         subject.checks.fault("recorded_files", "the base's weights are not those that were tuned")
     if sha256_text(subject.prompt.template) != subject.manifest["template"]["sha256"]:
         subject.checks.fault("template", "run.json records another template than the base's")
+
+
+def _check_system_prompt(subject: Subject) -> None:
+    """Compare the system prompt that answers are led by with those of the conversations which tuning kept."""
+    led_by = str(subject.manifest.get("system_prompt", ""))
+    kept: Counter[str] = Counter()
+    for name in ("data/calibration.jsonl", "data/validation.jsonl", "data/heldout.jsonl"):
+        path = subject.run.root / name
+        for conversation in load_conversations(str(path)).conversations if path.is_file() else ():
+            first = conversation.messages[0]
+            kept[first.content if first.role == "system" else ""] += 1
+    usual, count = kept.most_common(1)[0]
+    if led_by and led_by not in kept:
+        what = f"run.json says {led_by[:60]!r}, which leads none of the conversations that tuning kept"
+        subject.checks.fault("system_prompt", what)
+    elif led_by != usual and count > USUAL_SHARE * kept.total():
+        what = f"run.json says {led_by[:60]!r}; {count} of {kept.total()} kept conversations say {usual[:60]!r}"
+        subject.checks.fault("system_prompt", what)
 
 
 def _check_files(subject: Subject) -> None:

@@ -51,6 +51,8 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     What is there already and was made from this adapter is kept. Raises InputError if the run has no adapter or another
     export is writing there, MachineError if disk or memory do not suffice; the artefacts that were there stay.
     """
+    if not config.budget_s >= 0:
+        raise InputError(f"--budget-s is {config.budget_s:g}; it must be 0 or more seconds")
     run = RunFolder.open(root)
     with _alone(run), _with_remedies(run, config):
         for made in ("merged", "model-*.gguf", imatrix.FILE):
@@ -66,7 +68,8 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     base = _base(run)
     if config.strength == "auto" and not run.manifest().get("strength"):
         _require_memory(run, base, to="choosing the adapter's strength", instead="export with --strength 1")
-    strength.settle(run, base, asked=config.strength)
+    with _progress("choosing the strength") as progress:
+        strength.settle(run, base, asked=config.strength, budget_s=config.budget_s, progress=progress)
     if not wanted & {"merged", "gguf"}:
         write_card(run)
         return run
@@ -75,8 +78,8 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     if "gguf" in wanted:
         for quant in config.quant:
             calibration = _calibration(run, config, quant)
-            _tuned_gguf(run, merged, quant, calibration)
-            _base_gguf(run, base, adapter, quant, calibration)
+            _tuned_gguf(run, merged, quant, calibration, budget_s=config.budget_s)
+            _base_gguf(run, base, adapter, quant, calibration, budget_s=config.budget_s)
         if why := write_modelfile(run):
             print(f"no Modelfile for Ollama: {why}", file=sys.stderr, flush=True)
     write_card(run)
@@ -208,7 +211,7 @@ def _calibration(run: RunFolder, config: ExportConfig, quant: Quant) -> Path | N
     return run.root / CALIBRATION
 
 
-def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | None) -> None:
+def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | None, *, budget_s: float) -> None:
     name = f"gguf/model-{quant}.gguf"
     manifest = run.manifest()
     made_from = _made_from(manifest, calibration)
@@ -221,7 +224,8 @@ def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | 
         matrix = run.root / MATRIX
         known = {key: manifest["artefacts"].get(MATRIX, {}).get(key) for key in MADE_FROM} == made_from
         if not known or not matrix.is_file():
-            _collect(run, merged, calibration, matrix)
+            like = base_gguf_path(manifest, quant).with_name(imatrix.FILE)
+            _collect(run, merged, calibration, matrix, like=like, budget_s=budget_s)
             run.record(MATRIX, matrix, **made_from)
         importance = Importance.load(matrix)
     with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:
@@ -244,7 +248,9 @@ def _made_from(manifest: dict[str, Any], calibration: Path | None) -> dict[str, 
     return made_from
 
 
-def _base_gguf(run: RunFolder, base: Path, adapter: Path, quant: Quant, calibration: Path | None) -> None:
+def _base_gguf(
+    run: RunFolder, base: Path, adapter: Path, quant: Quant, calibration: Path | None, *, budget_s: float
+) -> None:
     """Write the base with the run's frozen template into the cache, unless it is there."""
     manifest = run.manifest()
     path = base_gguf_path(manifest, quant)
@@ -254,11 +260,18 @@ def _base_gguf(run: RunFolder, base: Path, adapter: Path, quant: Quant, calibrat
     with FileLock(path.with_name(".lock")):
         remove_leftovers(path.parent)
         if not path.is_file():
-            _write_base_gguf(path, run, base, adapter, quant, calibration)
+            _write_base_gguf(path, run, base, adapter, quant, calibration, budget_s=budget_s)
 
 
 def _write_base_gguf(
-    path: Path, run: RunFolder, base: Path, adapter: Path, quant: Quant, calibration: Path | None
+    path: Path,
+    run: RunFolder,
+    base: Path,
+    adapter: Path,
+    quant: Quant,
+    calibration: Path | None,
+    *,
+    budget_s: float,
 ) -> None:
     if not (adapter / "tokenizer.json").is_file():
         raise InputError(f"{adapter} has no tokenizer; tune again")
@@ -266,7 +279,7 @@ def _write_base_gguf(
     if calibration:
         matrix = path.with_name(imatrix.FILE)
         if not matrix.is_file():
-            _collect(run, base, calibration, matrix)
+            _collect(run, base, calibration, matrix, like=run.root / MATRIX, budget_s=budget_s)
         importance = Importance.load(matrix)
     with _report(f"writing the base as {quant}", path) as progress, atomic_file(path) as beside:
         write_gguf(
@@ -280,20 +293,27 @@ def _write_base_gguf(
         )
 
 
-def _collect(run: RunFolder, model: Path, calibration: Path, out: Path) -> None:
-    """Write the importance matrix of a model on the run's training conversations, in the run's prompt format, to `out`."""
+def _collect(run: RunFolder, model: Path, calibration: Path, out: Path, *, like: Path, budget_s: float) -> None:
+    """Write the importance matrix of a model on the run's training conversations, in the run's prompt format, to `out`.
+
+    Tuned model and base get as many conversations: those of the matrix `like` where it is there, else what fits the budget.
+    """
     _require_memory(run, model, to="collecting the importance matrix", instead="export with --no-imatrix")
     conversations = load_conversations(str(calibration)).conversations
     rows = encode_all(
         PromptFormat.load(run.root / "adapter"), conversations, max_length=imatrix.MAX_LENGTH, on_long="truncate"
     ).rows
+    if like.is_file():
+        rows, budget_s = rows[: Importance.load(like).conversations], math.inf
     with _report("collecting the importance matrix", out) as progress, atomic_file(out) as beside:
         found = imatrix.collect(
             model,
             [row.ids for row in rows],
             name_of=namer(model),
             dtype=run.manifest().get("dtype", "float32"),
+            budget_s=budget_s,
             progress=progress,
+            say=_say,
         )
         found.save(beside, dataset=calibration.name)
 
@@ -305,14 +325,21 @@ def _say(line: str) -> None:
 @contextmanager
 def _report(what: str, path: Path) -> Iterator[Callable[[int, int], None]]:
     """Show progress on a terminal and one line with size and time at the end."""
+    began = time.monotonic()
+    with _progress(what) as progress:
+        yield progress
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+    _say(f"{path}: {size / 1e6:.0f} MB in {time.monotonic() - began:.1f} s")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show what is done and the time left on a terminal; nothing elsewhere, and nothing before the first of it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    began = time.monotonic()
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
-    print(f"{path}: {size / 1e6:.0f} MB in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

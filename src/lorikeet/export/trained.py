@@ -108,17 +108,28 @@ class TorchModel:
             done()
         return found
 
-    @torch.no_grad()
     def mean_loss(self, rows: Sequence[Encoded]) -> float:
         """Return the mean of -ln p over the supervised tokens of `rows`."""
-        total, count = 0.0, 0
+        sums, counts = self.losses(rows)
+        return float(sums.sum() / counts.sum())
+
+    @torch.no_grad()
+    def losses(
+        self, rows: Sequence[Encoded], *, done: Callable[[int], None] = lambda _: None
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the sum of -ln p over the supervised tokens of each row, and how many they are, shape (rows,) both.
+
+        `done` is told the tokens of each row.
+        """
+        sums, counts = [], []
         for row in rows:
             places = torch.tensor(row.supervised[1:]).nonzero().flatten()
             logits = self._model(input_ids=torch.tensor([row.ids]), logits_to_keep=places, use_cache=False).logits[0]
             targets = torch.tensor(row.ids)[places + 1]
-            total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-            count += len(places)
-        return total / count
+            sums.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item())
+            counts.append(len(places))
+            done(len(row.ids))
+        return np.array(sums, dtype=np.float64), np.array(counts, dtype=np.int64)
 
     @torch.no_grad()
     def answer(

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from lorikeet.errors import InputError
+from lorikeet.messages import Conversation, Message
+from lorikeet.prompt import PromptFormat
 
 SPACE = "▁"
 """What stands for a space in SentencePiece's tokens."""
@@ -122,8 +125,17 @@ def _merges(backend: dict[str, Any]) -> list[tuple[str, str]]:
     return pairs
 
 
+def end_of_turn(prompt: PromptFormat) -> int:
+    """Return the token that ends an answer: the last one that tuning supervises. Raises InputError as `encode` does."""
+    row = prompt.encode(Conversation((Message("user", "Hello"), Message("assistant", "Yes"))))
+    return row.ids[max(place for place, counted in enumerate(row.supervised) if counted)]
+
+
 def _add_special_ids(writer: GGUFWriter, tokenizer: Any) -> None:
-    """Write the ids of BOS, EOS, UNK and PAD, and whether a text gets a BOS before it and an EOS after it."""
+    """Write the ids of BOS, EOS, UNK and PAD, and whether a text gets a BOS before it and an EOS after it.
+
+    Where another special token than EOS ends a turn, as Gemma's does, llama.cpp is told of it.
+    """
     ends = tokenizer("").input_ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts = bool(ends) and ends[0] == bos
@@ -133,6 +145,12 @@ def _add_special_ids(writer: GGUFWriter, tokenizer: Any) -> None:
     for role, index in (("bos", bos), ("eos", eos), ("unk", tokenizer.unk_token_id), ("pad", tokenizer.pad_token_id)):
         if index is not None:
             getattr(writer, f"add_{role}_token_id")(index)
+    if tokenizer.chat_template:
+        prompt = PromptFormat(tokenizer)
+        with suppress(InputError):  # a template that no answer can be found in was not tuned with
+            ending = end_of_turn(prompt)
+            if ending != eos and ending in prompt.special_ids:
+                writer.add_eot_token_id(ending)
 
 
 # ------------------------------------------------------------------------------------------------------- byte level
