@@ -146,6 +146,8 @@ class ExportConfig:
     """Weigh errors in the 4-bit types by an importance matrix from the training conversations."""
     strength: str = "auto"
     """How much of the adapter is exported: a number above 0 and at most 1, or auto: the best on validation that forgets little."""
+    budget_s: float = 240.0
+    """Seconds that choosing the strength may take, and an importance matrix: a large model is asked less; inf asks everything."""
 
 
 @Parameter(name="*")
