@@ -42,6 +42,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PHASE = re.compile(r"^(.*?): \d+ MB in [\d.]+ s$|^(adapter strength .*)$|^verifying (.*)$")
+BUDGET = re.compile(r"^(choosing the strength|importance matrix|adapter strength| {2})")
+"""What `export` says of what fits into its time."""
 SAMPLE_S = 0.05
 
 
@@ -215,6 +217,7 @@ def main() -> None:
                 "seconds": round(found.seconds, 1),
                 "peak_gigabytes": round(found.peak_bytes / 1e9, 2),
                 "phases": found.phases,
+                "budget": [line for line in found.lines if BUDGET.match(line)],
             }
             rows += [
                 [name, phase["what"], f"{phase['seconds']:.1f}", f"{phase['gigabytes']:.2f}"] for phase in found.phases
