@@ -43,10 +43,10 @@ from lorikeet.prompt import PromptFormat
 from lorikeet.scoring import Scorer
 from lorikeet.weights import quiet_transformers, resolve_model
 
-CALIBRATION, HELD_OUT_TOKENS = 128, 3000
+CALIBRATION, HELD_OUT_TOKENS = 128, 2000
 HEADS, KEY_HEADS, HEAD_WIDTH, WIDTH = 9, 3, 64, 576
 QUANTS = tuple(quant for quant in reversed(get_args(Quant)) if quant != "f16")
-MATRIX_CONVERSATIONS = (0, 8, 16, 32, 64, 128)
+MATRIX_CONVERSATIONS = (0, 16, 32, 64, 128)
 RESAMPLES = 10_000
 INSTALL = "the reference is in the package ik-llama-cpp-python: pip install it --no-deps into another environment"
 
