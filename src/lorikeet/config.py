@@ -191,11 +191,15 @@ class ServeConfig:
     """The assistant, its page and its API."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; another than loopback needs --api-key."""
+    """Address to listen on; another than loopback needs --api-key or --public."""
     port: int = 7860
     """Port to listen on; 0 takes a free one."""
     api_key: str | None = None
     """Key that every route but /health asks for."""
+    public: bool = False
+    """Let anybody in, each address within limits: so many requests a minute, and so many at once."""
+    proxy: str = ""
+    """Address or network of a proxy in front, such as 10.0.0.0/8: it says whose request it passes on, and whether by https."""
     quant: Quant = "q8_0"
     """Which GGUF of the run to serve."""
     search: str = "ddg"

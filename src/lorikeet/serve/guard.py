@@ -8,6 +8,7 @@
 - With a key, everything but `/health` asks for it: as a bearer token, or through the login form that trades it for
   a cookie, which is what the page's own requests carry.
 - No body is read beyond its route's limit.
+- On a public server, a visitor who asks for more than `limits` allow is told when to come back.
 
 It knows no route's meaning but `/health` and `/login`.
 """
@@ -18,6 +19,7 @@ import hashlib
 import hmac
 import html
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +28,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorikeet.serve.limits import Limits, TooManyError, kind_of_request
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 JSON_LIMIT_BYTES = 1 << 20
@@ -63,11 +67,17 @@ class Guard:
     """The layer that refuses what is not for this server."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None = None, hosts: Sequence[str] | None = LOOPBACK_HOSTS
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None = None,
+        hosts: Sequence[str] | None = LOOPBACK_HOSTS,
+        limits: Limits | None = None,
     ) -> None:
-        """Wrap `app`. `hosts` are the names that a request may give this server; None for any."""
+        """Wrap `app`. `hosts` are the names that a request may give this server; None for any. None of `limits` is no limit."""
         self._app = app
         self._hosts = hosts
+        self._limits = limits
         self._key = api_key.encode() if api_key else None
         # The cookie outlives a restart, ends with the key, and does not give the key away.
         self._session = _derive_session(self._key) if self._key else ""
@@ -76,6 +86,20 @@ class Guard:
         """Answer in the application's place what it must not see; pass on the rest, limited, with headers added."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
+        try:
+            with self._visit(scope):
+                await self._serve(scope, receive, send)
+        except TooManyError as error:
+            await _answer(_too_many(error), scope, receive, send)
+
+    def _visit(self, scope: Scope) -> AbstractContextManager[None]:
+        """Return the block in which a request counts as its visitor's, who may be anybody: keys come after it."""
+        kind = kind_of_request(scope.get("method", "WEBSOCKET"), scope["path"])
+        if self._limits is None or kind is None:
+            return nullcontext()
+        return self._limits.enter(scope["client"][0] if scope.get("client") else "", kind)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = HTTPConnection(scope)
         refusal = self._refusal(request)
         if refusal is None and self._key and scope["type"] == "http" and request.url.path == "/login":
@@ -86,9 +110,7 @@ class Guard:
                 refusal = _too_large(limit)
             else:
                 return await self._app(scope, _limited(receive, limit), _with_headers(send))
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close", "code": 1008})
-        return await refusal(scope, receive, _with_headers(send))
+        return await _answer(refusal, scope, receive, send)
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
         """Return the answer to a request that may not pass, None for one that may."""
@@ -137,9 +159,22 @@ class Guard:
             max_age=COOKIE_AGE_S,
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            secure=_is_encrypted(request),
         )
         return response
+
+
+async def _answer(refusal: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer in the application's place; a WebSocket's handshake too, where the server can."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        return await send({"type": "websocket.close", "code": 1008})
+    return await refusal(scope, receive, _with_headers(send))
+
+
+def _is_encrypted(request: HTTPConnection) -> bool:
+    """Say whether the browser came by https, here or as far as a proxy, whose word can only make a cookie stricter."""
+    forwarded = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    return request.url.scheme == "https" or forwarded == "https"
 
 
 def _derive_session(key: bytes) -> str:
@@ -198,7 +233,7 @@ def _with_headers(send: Send) -> Send:
     """Return a `send` that adds the security headers."""
 
     async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] in {"http.response.start", "websocket.http.response.start"}:
             headers = MutableHeaders(scope=message)
             for name, value in SECURITY_HEADERS.items():
                 headers[name] = value
@@ -209,6 +244,11 @@ def _with_headers(send: Send) -> Send:
 
 def _forbidden(message: str) -> Response:
     return JSONResponse(error_body(message, code="forbidden"), status_code=403)
+
+
+def _too_many(error: TooManyError) -> Response:
+    body = error_body(str(error), kind="requests", code="rate_limit_exceeded")
+    return JSONResponse(body, status_code=429, headers={"Retry-After": str(error.retry_after_s)})
 
 
 def _too_large(limit: int) -> Response:

@@ -24,6 +24,7 @@ from lorikeet.serve.assistant import Event, Waiting
 from lorikeet.serve.audio import add_audio_routes
 from lorikeet.serve.feedback import add_memory_routes
 from lorikeet.serve.guard import LOOPBACK_HOSTS, Guard, error_body
+from lorikeet.serve.limits import Limits
 from lorikeet.serve.metrics import CONTENT_TYPE, Metrics
 from lorikeet.serve.models import Models, Served, UnknownModelError
 from lorikeet.serve.note import Note
@@ -49,16 +50,17 @@ def create_app(
     voice: Voice | None = None,
     api_key: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK_HOSTS,
+    limits: Limits | None = None,
     page: bool = True,
 ) -> FastAPI:
     """Return the application: API, health and, unless `page` is False, the page at `/`.
 
     Clients ask for one of `models` by name; the first is the default and the page's. Without `ears` or `voice` their
-    routes and buttons say so. With an `api_key` everything but /health asks for it. `hosts` are the names under which the server may be reached, None
-    for any.
+    routes and buttons say so. With an `api_key` everything but /health asks for it. `hosts` are the names under which the
+    server may be reached, None for any. `limits` hold each visitor of a public server to a share.
     """
     app = FastAPI(title="Lorikeet", docs_url=None, redoc_url=None, openapi_url=None, responses=ERRORS)
-    app.add_middleware(Guard, api_key=api_key, hosts=hosts)
+    app.add_middleware(Guard, api_key=api_key, hosts=hosts, limits=limits)
     _add_error_handlers(app)
     _add_models(app, models)
     _add_chat(app, models)

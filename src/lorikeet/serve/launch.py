@@ -78,6 +78,7 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
 
         def build() -> Any:
             from lorikeet.serve.http import create_app
+            from lorikeet.serve.limits import Limits
             from lorikeet.serve.models import Models, Served
 
             return create_app(
@@ -85,24 +86,39 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
                 ears=ears,
                 voice=voice,
                 api_key=config.api_key,
-                hosts=_allowed_hosts(config.host),
+                hosts=_allowed_hosts(config),
+                limits=Limits() if config.public else None,
             )
 
         app = _step("page", build)
         try:
-            run_server(app, listener, on_ready=_announce)
+            run_server(app, listener, proxy=config.proxy, on_ready=_announce)
         except KeyboardInterrupt:
             _say("stopped")
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raise InputError for a server that others on the network could use without a key."""
-    if not is_loopback(config.host) and not config.api_key:
-        raise InputError(
-            f"--host {config.host} lets other machines in; give --api-key too, or listen on 127.0.0.1 (the default)"
-        )
+    """Raise InputError for a server that others could use, or read each other in, without that being asked for."""
     if config.api_key is not None and not config.api_key.strip():
         raise InputError("--api-key is empty; give a key, or leave the flag out")
+    if not is_loopback(config.host) and not config.api_key and not config.public:
+        raise InputError(
+            f"--host {config.host} lets other machines in; give --api-key too, or --public to let anybody in within limits, "
+            "or listen on 127.0.0.1 (the default)"
+        )
+    if config.public and config.memory and not config.api_key:
+        raise InputError("--memory would keep strangers' conversations; with --public it needs --api-key")
+    if config.proxy:
+        _check_proxy(config.proxy)
+
+
+def _check_proxy(proxy: str) -> None:
+    try:
+        is_everybody = ipaddress.ip_network(proxy, strict=False).prefixlen == 0
+    except ValueError as error:
+        raise InputError(f"--proxy {proxy} is no address or network; give one such as 10.0.0.0/8") from error
+    if is_everybody:
+        raise InputError(f"--proxy {proxy} would believe everybody; name the proxy's own address or network")
 
 
 def is_loopback(host: str) -> bool:
@@ -113,11 +129,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _allowed_hosts(host: str) -> tuple[str, ...] | None:
+def _allowed_hosts(config: ServeConfig) -> tuple[str, ...] | None:
     """Return the names in a Host header that mean this server; None where its names cannot be known."""
     from lorikeet.serve.guard import LOOPBACK_HOSTS
 
-    return (*LOOPBACK_HOSTS, host) if is_loopback(host) else None
+    if config.public or config.proxy or not is_loopback(config.host):
+        return None
+    return (*LOOPBACK_HOSTS, config.host)
 
 
 def _open(target: Path | str, config: ServeConfig, model_name: str) -> tuple[HttpEngine, Origin]:

@@ -21,7 +21,8 @@ class ErrorFields(_Exact):
     """What went wrong."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "server_error", "requests"]
+    """`requests` goes with 429, as OpenAI's does."""
     param: str | None
     """The field of the request that is at fault, where it is one."""
     code: str | None

@@ -56,7 +56,7 @@ class Listener:
             self._waiting.server_close()
 
 
-def run_server(app: Any, listener: Listener, *, on_ready: Callable[[str], object] = str) -> None:
+def run_server(app: Any, listener: Listener, *, proxy: str = "", on_ready: Callable[[str], object] = str) -> None:
     """Serve the ASGI `app` until SIGTERM or Ctrl-C; `on_ready` is given the URL once it answers.
 
     Answers under way have `GRACE_S` to end. A signal's handler that was set before is called at the end.
@@ -69,19 +69,29 @@ def run_server(app: Any, listener: Listener, *, on_ready: Callable[[str], object
             if self.started:
                 on_ready(listener.url)
 
-    config = uvicorn.Config(
+    listener.stop_waiting()
+    Server(server_settings(app, proxy=proxy)).run(sockets=[listener.socket])
+
+
+def server_settings(app: Any, *, proxy: str = "") -> Any:
+    """Return uvicorn's settings. `proxy` is the address or network of a proxy in front, '' for none.
+
+    X-Forwarded-For and X-Forwarded-Proto are anybody's to write. They are read on connections from `proxy` alone, and of
+    the addresses the last one that is not `proxy`'s counts: the one that the proxy itself saw.
+    """
+    import uvicorn
+
+    return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
-        # X-Forwarded-For is anybody's to write; addresses are limited and schemes trusted by the connection alone.
-        proxy_headers=False,
+        proxy_headers=bool(proxy),
+        forwarded_allow_ips=proxy or "",
         ws="websockets-sansio",
         ws_max_size=MAX_MESSAGE_BYTES,
     )
-    listener.stop_waiting()
-    Server(config).run(sockets=[listener.socket])
 
 
 def _bind(host: str, port: int) -> socket.socket:
