@@ -214,9 +214,17 @@ def test_the_summary_says_what_changed_and_what_to_type(tmp_path: Path) -> None:
         "verdict": "do not ship",
         "heldout": {"base_loss": 2.0, "tuned_loss": 1.5, "difference": -0.5, "ci95": [-0.6, -0.4], "n": 9},
         "checks": [{"name": "answers_end", "value": 0.1, "limit": "at least 0.5", "pass": False}],
+        "answers_end": {"base": 0.75, "tuned": 0.1},
         "speakability": {"base": speech, "tuned": speech},
         "answers": [{"question": "why", "base": answer, "tuned": answer}],
     }
     text = summary(RunFolder(tmp_path), proof, seconds=90)
-    for part in ("do not ship", "2.000 -> 1.500", "answers_end", "asked    why", f"lorikeet serve {tmp_path}"):
+    for part in (
+        "do not ship",
+        "2.000 -> 1.500",
+        "10% of them, its base's 75%",
+        "--max-length",
+        "asked    why",
+        f"lorikeet serve {tmp_path}",
+    ):
         assert part in text

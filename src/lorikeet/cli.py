@@ -222,6 +222,7 @@ def prove(run: Path, config: ProveConfig | None = None, *, json: Json = False) -
         Print the proof as one JSON document.
     """
     from lorikeet.prove.stage import prove as prove_run
+    from lorikeet.prove.words import next_steps
 
     proof = prove_run(run, config or ProveConfig())
     if json:
@@ -230,21 +231,10 @@ def prove(run: Path, config: ProveConfig | None = None, *, json: Json = False) -
         print(_verdict_line(proof))
         for check in proof["checks"]:
             print(f"  {'passed' if check['pass'] else 'FAILED'}  {check['name']}: {check['value']} ({check['limit']})")
-        for hint in _hints(proof, run):
-            print(hint)
+        for step in next_steps(proof, run=str(run)):
+            print(step)
         print(f"report: {run / 'reports' / 'proof.html'}")
     return 0 if proof["verdict"] == "ship" else 1
-
-
-def _hints(proof: dict[str, Any], run: Path) -> list[str]:
-    """Return what may turn a verdict of no, where the checks that failed have a known remedy."""
-    failed = {check["name"] for check in proof["checks"] if not check["pass"]}
-    hints = []
-    if failed & {"instructions_followed", "plain_text_loss"}:
-        hints.append(f"a weaker adapter forgets less: lorikeet export {run} --strength 0.5, then prove again")
-    if "heldout_loss" in failed:
-        hints.append("more steps, or more conversations, make the difference plainer: look at reports/loss.png")
-    return hints
 
 
 @app.command

@@ -73,7 +73,7 @@ def summary(run: RunFolder, proof: dict[str, Any], *, seconds: float) -> str:
         f"({heldout['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {heldout['n']} conversations)",
         f"  can be spoken      {speech['base']['speakable']:.0%} -> {speech['tuned']['speakable']:.0%} of answers, "
         f"{speech['base']['mean_words']:.0f} -> {speech['tuned']['mean_words']:.0f} words",
-        *(f"  not passed         {c['name']}: {c['value']} ({c['limit']})" for c in proof["checks"] if not c["pass"]),
+        *_advice(run, proof),
         "",
     ]
     for pair in _telling(proof["answers"])[:2]:
@@ -93,6 +93,19 @@ def summary(run: RunFolder, proof: dict[str, Any], *, seconds: float) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _advice(run: RunFolder, proof: dict[str, Any]) -> list[str]:
+    """Return why the verdict is no, and what may turn it; nothing if it is yes."""
+    from lorikeet.prove.words import next_steps, reasons
+
+    if proof["verdict"] == "ship":
+        return []
+    steps = next_steps(proof, run=str(run.root), command=typed_command())
+    return [
+        *(f"  why not            {line}" for line in reasons(proof)),
+        *(f"  what may help      {step}" for step in steps),
+    ]
 
 
 def typed_command() -> str:

@@ -149,25 +149,27 @@ def test_prose_is_cut_into_rows() -> None:
     assert {row.ids[0] for row in with_bos} == {0} and len(with_bos[0].ids) == CHUNK_TOKENS + 1
 
 
-def test_answers_of_a_cut_run_are_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_a_cut_run_are_not_asked_again(tmp_path: Path) -> None:
     prompts, kept, gguf = load_prompts(None)[:6], tmp_path / "reports" / "ifeval-base.jsonl", tmp_path / "m.gguf"
     gguf.write_bytes(b"model")
     asked: list[str] = []
 
-    def answers(engine: object, questions: Sequence[Sequence[Message]], *, max_tokens: int) -> Iterator[Answer]:
-        for question in questions:
-            asked.append(question[0].content)
-            if len(asked) == 4:
-                raise KeyboardInterrupt
-            yield Answer(question[0].content.upper(), True)
-
     class Engine:
         path = gguf
 
-    def run(max_tokens: int = 9) -> list[Answer]:
-        return answer_prompts(Engine(), prompts, max_tokens=max_tokens, kept=kept, done=lambda: None)  # type: ignore[arg-type]
+    class Shouting:
+        engine = Engine()
 
-    monkeypatch.setattr(instructions, "ask_each", answers)
+        def start(self, questions: Sequence[Sequence[Message]], *, max_tokens: int) -> Iterator[Answer]:
+            for question in questions:
+                asked.append(question[0].content)
+                if len(asked) == 4:
+                    raise KeyboardInterrupt
+                yield Answer(question[0].content.upper(), True)
+
+    def run(max_tokens: int = 9) -> list[Answer]:
+        return answer_prompts(Shouting(), prompts, max_tokens=max_tokens, kept=kept, done=lambda: None)  # type: ignore[arg-type]
+
     with pytest.raises(KeyboardInterrupt):
         run()
     kept.write_text(kept.read_text() + '{"text": "half a li')

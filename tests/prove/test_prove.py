@@ -52,7 +52,7 @@ def measured(
     instructed = [Answer("none" if n < following else "one, two", True) for n in range(20)]
     probes = [Answer("ZEBRA" if n < obeyed else "Six.", True) for n in range(16)]
     losses = Losses(scores(mean, seed=seed), scores(strangers, seed=9), scores(prose, spread=0.01, rows=16))
-    return Measured(losses, Replies(answers, instructed, [*probes, *MORE], parity, 100.0))
+    return Measured(losses, Replies(answers, instructed, [*probes, *MORE], parity, 100.0), {})
 
 
 PROBES = [Probe(f"order-{n}", "order", "q", (), ("zebra",)) for n in range(16)]
@@ -200,6 +200,8 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     checks = {check["name"]: check["pass"] for check in proof["checks"]}
     assert checks["prompt_parity"] and checks["heldout_loss"]
     assert proof["forgetting"]["n"] > 20 and proof["noise"]["repeated"] < 1e-3
+    assert proof["strength"] == json.loads((run.root / "run.json").read_text())["strength"]["strength"]
+    assert sum(proof["seconds"]["tuned"].values()) + proof["seconds"]["noise"] <= proof["seconds"]["total"] + 1
     assert proof["round_trip"] == {"skipped": "turned off: --no-speech"}
     page = (run.reports / "proof.html").read_text()
     assert page.count("<svg") == 2 + 6 and "<polyline" in page
@@ -218,6 +220,8 @@ def test_answers_cannot_inject_into_the_report(tmp_path: Path, plan: Plan) -> No
         "data": {"name": nasty, "sha256": {nasty: "0"}},
         "template": {"sha256": "0"},
     }
-    write_html({**proof, "files": {"tuned_sha256": {}}}, manifest, RunFolder(tmp_path))
+    seconds = {"base": {"answers": 1.0}, "tuned": {"answers": 2.0}, "noise": 0.5, "round_trip": 0.0, "total": 4.0}
+    rest = {"files": {"tuned_sha256": {}}, "strength": 1.0, "seconds": seconds, "base_measured": nasty}
+    write_html({**proof, **rest}, manifest, RunFolder(tmp_path))
     page = (tmp_path / "reports" / "proof.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") > 12

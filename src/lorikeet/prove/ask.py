@@ -1,8 +1,11 @@
 """Questions to a running engine, several at once: llama.cpp decodes its slots together, much faster than one by one.
 
-    answers = ask_all(engine, questions, max_tokens=160)
+    with Asking(engine) as asking:
+        short, long = asking.start(some, max_tokens=40), asking.start(others, max_tokens=160)
+        answers = list(short)
 
-Answers are greedy and come through the served path. It does not judge them.
+Answers are greedy and come through the served path. Lists that are started before the first is read share the slots, so none
+stands empty while the last answers of a list are written. It does not judge them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 from lorikeet.engine import LlamaEngine
 from lorikeet.messages import Message
@@ -42,24 +47,34 @@ def ask(engine: LlamaEngine, question: Sequence[Message], *, max_tokens: int) ->
     return Answer(text, ended)
 
 
-def ask_each(engine: LlamaEngine, questions: Sequence[Sequence[Message]], *, max_tokens: int) -> Iterator[Answer]:
-    """Yield the answers in the questions' order, up to `SLOTS` decoded at once."""
-    pool = ThreadPoolExecutor(SLOTS)
-    try:
-        yield from pool.map(lambda question: ask(engine, question, max_tokens=max_tokens), questions)
-    finally:
-        pool.shutdown(cancel_futures=True)
+class Asking:
+    """A running engine that answers lists of questions, up to `SLOTS` at once whichever list they are from."""
+
+    def __init__(self, engine: LlamaEngine) -> None:
+        """Ask `engine`."""
+        self.engine = engine
+        self._pool = ThreadPoolExecutor(SLOTS)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ask nothing more, and wait for what is being answered."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, questions: Sequence[Sequence[Message]], *, max_tokens: int) -> Iterator[Answer]:
+        """Begin to ask, after what was started before, and return the answers in the questions' order as they come."""
+        return self._pool.map(partial(ask, self.engine, max_tokens=max_tokens), questions)
 
 
-def ask_all(
-    engine: LlamaEngine, questions: Sequence[Sequence[Message]], *, max_tokens: int, done: Done = lambda: None
-) -> list[Answer]:
+def counted(answers: Iterator[Answer], done: Done) -> list[Answer]:
     """Return the answers; `done` is called after each."""
-    answers = []
-    for answer in ask_each(engine, questions, max_tokens=max_tokens):
-        answers.append(answer)
+    found = []
+    for answer in answers:
+        found.append(answer)
         done()
-    return answers
+    return found
 
 
 def decode_speed(engine: LlamaEngine, ids: Sequence[int]) -> float:

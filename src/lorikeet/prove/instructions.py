@@ -1,6 +1,6 @@
 """Prompts with verifiable instructions, answered and counted; answers that can be resumed.
 
-    answers = answer_prompts(engine, load_prompts(None), max_tokens=96, kept=None, done=done)
+    answers = answer_prompts(asking, load_prompts(None), max_tokens=96, kept=None, done=done)
     score = accuracy(prompts, base_answers, tuned_answers, resamples=10_000)
 
 Asked without the run's system prompt, as IFEval is: a guard of general ability. The prompts are those of `data.instructions`.
@@ -20,43 +20,67 @@ import numpy as np
 
 from lorikeet.compare import ratio_interval, share
 from lorikeet.data.checks import Instructed, followed
-from lorikeet.engine import LlamaEngine
 from lorikeet.files import sha256_file, sha256_text
 from lorikeet.messages import Message
-from lorikeet.prove.ask import Answer, Done, ask_each
+from lorikeet.prove.ask import Answer, Asking, Done
 
 REPORT_EVERY_S = 20.0
 
 
 def answer_prompts(
-    engine: LlamaEngine, prompts: Sequence[Instructed], *, max_tokens: int, kept: Path | None, done: Done
+    asking: Asking, prompts: Sequence[Instructed], *, max_tokens: int, kept: Path | None, done: Done
 ) -> list[Answer]:
     """Return the answers. With `kept`, each is appended to that file, and what it holds of this very question is not asked again.
 
     Progress with the rate and the time left goes to stderr for a long set.
     """
-    known = _Kept(kept, engine.path, prompts, max_tokens) if kept else None
+    gguf = asking.engine.path
+    known = _Kept(kept, gguf, prompts, max_tokens) if kept else None
     answers = list(known.answers) if known else []
     for _ in answers:
         done()
-    began, told, first = time.monotonic(), time.monotonic(), len(answers)
-    rest = [[Message("user", prompt.prompt)] for prompt in prompts[first:]]
-    for answer in ask_each(engine, rest, max_tokens=max_tokens):
+    if answers:
+        print(f"{gguf.name}: {len(answers)}/{len(prompts)} prompts were answered before", file=sys.stderr, flush=True)
+    progress = _Progress(gguf.name, len(answers), len(prompts))
+    rest = [[Message("user", prompt.prompt)] for prompt in prompts[len(answers) :]]
+    for answer in asking.start(rest, max_tokens=max_tokens):
         answers.append(answer)
         done()
         if known:
             known.add(answer)
-        now = time.monotonic()
-        if now - told > REPORT_EVERY_S:
-            rate = (len(answers) - first) / (now - began)
-            left_s = (len(prompts) - len(answers)) / rate
+        progress.say(len(answers))
+    return answers
+
+
+def keep_answers(
+    kept: Path, gguf: Path, prompts: Sequence[Instructed], *, max_tokens: int, answers: Sequence[Answer]
+) -> None:
+    """Write all `answers` of the model in `gguf` to the file `kept`, as `answer_prompts` leaves them there."""
+    known = _Kept(kept, gguf, prompts, max_tokens)
+    for answer in answers[len(known.answers) :]:
+        known.add(answer)
+
+
+class _Progress:
+    """A line with the rate and the time left, now and then, counted from the first answer."""
+
+    def __init__(self, name: str, answered: int, total: int) -> None:
+        self._name, self._first, self._total = name, answered + 1, total
+        self._began_s = self._told_s = 0.0
+
+    def say(self, answered: int) -> None:
+        now_s = time.monotonic()
+        if answered == self._first:
+            self._began_s = self._told_s = now_s
+        if now_s - self._told_s > REPORT_EVERY_S:
+            rate = (answered - self._first) / (now_s - self._began_s)
+            left_min = (self._total - answered) / rate / 60
             print(
-                f"{engine.path.name}: {len(answers)}/{len(prompts)} prompts, {60 * rate:.0f} a minute, {left_s / 60:.1f} min left",
+                f"{self._name}: {answered}/{self._total} prompts, {60 * rate:.0f} a minute, {left_min:.1f} min left",
                 file=sys.stderr,
                 flush=True,
             )
-            told = now
-    return answers
+            self._told_s = now_s
 
 
 class _Kept:

@@ -1,13 +1,16 @@
 """What one GGUF file does, through the engine that serves: losses, answers, tokens of its prompts, speed.
 
-    measured = measure(gguf, plan, done=...)
+    measured = measure(gguf, plan, strangers=True, kept=None, done=...)
 
-Base and tuned model get the same `Plan`, so `judge` can compare them row by row. It judges nothing.
+Base and tuned model get the same `Plan`, so `judge` can compare them row by row. How long each part takes is noted beside. It
+judges nothing, and knows nothing of what was measured before: that is `base`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from lorikeet.data.prose import prose_rows
 from lorikeet.engine import LlamaEngine
 from lorikeet.messages import Message
 from lorikeet.prompt import PromptFormat
-from lorikeet.prove.ask import SLOTS, Answer, ask_all, decode_speed
+from lorikeet.prove.ask import SLOTS, Answer, Asking, counted, decode_speed
 from lorikeet.prove.grounding import Probe
 from lorikeet.prove.heldout import Heldout, question_of
 from lorikeet.prove.instructions import answer_prompts
@@ -56,6 +59,11 @@ class Plan:
         """The held-out questions that are answered."""
         return [question_of(c) for c in self.heldout.conversations[: self.config.answers]]
 
+    @property
+    def probe_questions(self) -> list[tuple[Message, ...]]:
+        """The probes as the server would ask them: led by the run's system prompt."""
+        return [probe.messages(self.system_prompt) for probe in self.probes]
+
 
 @dataclass(frozen=True, slots=True)
 class Losses:
@@ -86,6 +94,8 @@ class Measured:
 
     losses: Losses
     replies: Replies
+    seconds: dict[str, float]
+    """How long each part took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,41 +108,59 @@ class Noise:
     """The base as f16 beside the type that is proved; None where no such file is here."""
 
 
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Enter into `seconds` how long the block took, under the name `part`."""
+    began_s = time.monotonic()
+    yield
+    seconds[part] = round(time.monotonic() - began_s, 1)
+
+
 def measure(gguf: Path, plan: Plan, *, strangers: bool, kept: Path | None, done: Done) -> Measured:
     """Return what the model in `gguf` does; its answers to instructions are kept in the file `kept`, if any."""
-    return Measured(_score(gguf, plan, strangers=strangers, done=done), _answer(gguf, plan, kept, done))
+    seconds: dict[str, float] = {}
+    losses = _score(gguf, plan, strangers=strangers, seconds=seconds, done=done)
+    return Measured(losses, _answer(gguf, plan, kept, seconds=seconds, done=done), seconds)
 
 
-def _score(gguf: Path, plan: Plan, *, strangers: bool, done: Done) -> Losses:
+def _score(gguf: Path, plan: Plan, *, strangers: bool, seconds: dict[str, float], done: Done) -> Losses:
     prose = prose_rows(plan.prompt)
     longest = max(plan.heldout.longest_tokens, max(len(row.ids) for row in prose))
     with LlamaEngine(gguf, scoring=True, context_tokens=longest + 1) as engine:
         scorer = Scorer(engine)
-        return Losses(
-            scorer.score(plan.heldout.own, done=done),
-            scorer.score(plan.heldout.strangers if strangers else [], done=done),
-            scorer.score(prose, done=done),
-        )
+        with timed(seconds, "heldout_loss"):
+            own = scorer.score(plan.heldout.own, done=done)
+        with timed(seconds, "strangers"):
+            others = scorer.score(plan.heldout.strangers if strangers else [], done=done)
+        with timed(seconds, "plain_text_loss"):
+            return Losses(own, others, scorer.score(prose, done=done))
 
 
-def _answer(gguf: Path, plan: Plan, kept: Path | None, done: Done) -> Replies:
+def _answer(gguf: Path, plan: Plan, kept: Path | None, *, seconds: dict[str, float], done: Done) -> Replies:
     config = plan.config
-    probes = [probe.messages(plan.system_prompt) for probe in plan.probes]
-    instructed = [[Message("user", prompt.prompt)] for prompt in plan.instructed]
-    prompts = [plan.prompt.prompt_ids(messages) for messages in (*plan.questions, *probes, *instructed)]
-    room = max(config.max_answer_tokens, config.max_instruction_tokens, PROBE_TOKENS) + 16
-    context = max(plan.heldout.longest_tokens, max(map(len, prompts))) + room
-    with LlamaEngine(gguf, context_tokens=context, slots=SLOTS) as engine:
-        speed = decode_speed(engine, prompts[0])
+    with answering(gguf, plan) as engine:
+        with timed(seconds, "decoding_speed"):
+            speed = decode_speed(engine, plan.prompt.prompt_ids(plan.questions[0]))
         questions = [question_of(conversation) for conversation in plan.heldout.conversations]
-        parity = sum(engine.tokenize(engine.render(q)) == plan.prompt.prompt_ids(q) for q in questions)
-        return Replies(
-            ask_all(engine, plan.questions, max_tokens=config.max_answer_tokens, done=done),
-            answer_prompts(engine, plan.instructed, max_tokens=config.max_instruction_tokens, kept=kept, done=done),
-            ask_all(engine, probes, max_tokens=PROBE_TOKENS, done=done),
-            parity,
-            speed,
-        )
+        with timed(seconds, "prompt_parity"):
+            parity = sum(engine.tokenize(engine.render(q)) == plan.prompt.prompt_ids(q) for q in questions)
+        with timed(seconds, "answers"), Asking(engine) as asking:
+            answers = asking.start(plan.questions, max_tokens=config.max_answer_tokens)
+            probes = asking.start(plan.probe_questions, max_tokens=PROBE_TOKENS)
+            instructed = answer_prompts(
+                asking, plan.instructed, max_tokens=config.max_instruction_tokens, kept=kept, done=done
+            )
+            return Replies(counted(answers, done), instructed, counted(probes, done), parity, speed)
+
+
+def answering(gguf: Path, plan: Plan) -> LlamaEngine:
+    """Return the engine that answers the plan's questions, with room for the longest of them."""
+    config = plan.config
+    instructed = [[Message("user", prompt.prompt)] for prompt in plan.instructed]
+    asked = (*plan.questions, *plan.probe_questions, *instructed)
+    room = max(config.max_answer_tokens, config.max_instruction_tokens, PROBE_TOKENS) + 16
+    longest = max(plan.heldout.longest_tokens, max(len(plan.prompt.prompt_ids(messages)) for messages in asked))
+    return LlamaEngine(gguf, context_tokens=longest + room, slots=SLOTS)
 
 
 def measure_noise(gguf: Path, f16: Path | None, plan: Plan, first: Scores, *, done: Done) -> Noise:

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any
 
 from lorikeet.files import write_atomic
+from lorikeet.prove.words import next_steps, reasons, surety
 from lorikeet.run import RunFolder
 
 CHECK_MEANINGS = {
@@ -23,7 +24,7 @@ CHECK_MEANINGS = {
 }
 
 PLOT_WIDTH, PLOT_HEIGHT = 640, 200
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 30
+LEFT, RIGHT, TOP, BOTTOM = 48, 24, 12, 30
 """Margins of a plot, in its own units."""
 
 
@@ -36,6 +37,11 @@ def write_html(proof: dict[str, Any], manifest: dict[str, Any], run: RunFolder) 
     page = environment.from_string(source).render(
         proof=proof,
         run=manifest,
+        failed=[check["name"] for check in proof["checks"] if not check["pass"]],
+        reasons=reasons(proof),
+        surety=surety(proof),
+        steps=next_steps(proof, run=str(run.root)),
+        parts=parts(proof["seconds"]),
         meanings=CHECK_MEANINGS,
         differences=histogram([row["tuned"] - row["base"] for row in proof["per_conversation"]], proof["heldout"]),
         curve=loss_curve(run.metrics()),
@@ -69,6 +75,7 @@ def histogram(values: list[float], heldout: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "bars": bars,
+        "rows": [(round(y(count), 1), str(count)) for count in (0, max(counts))],
         "zero": round(x(0.0), 1),
         "ticks": ticks(low, high, step, x, signed=True),
         "mean": round(x(heldout["difference"]), 1),
@@ -98,27 +105,47 @@ def loss_curve(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
+def parts(seconds: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return what took how long, both models' parts together, the longest first."""
+    together: dict[str, float] = {name: seconds[name] for name in ("noise", "round_trip")}
+    for who in ("base", "tuned"):
+        for part, value in seconds[who].items():
+            together[part] = together.get(part, 0.0) + value
+    return sorted(((name.replace("_", " "), value) for name, value in together.items()), key=lambda pair: -pair[1])
+
+
 def rates(proof: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the plot of rates: a name, whether more is better, and (value, low, high) of base and tuned in percent."""
+    """Return the rows of the plot of rates: a name, of how many, whether more is better, and (value, low, high) of base and tuned in percent."""
     asked, grounding, heard = proof["instructions"], proof["grounding"], proof["round_trip"]
+    instructions = f"{asked['instructions']} instructions"
     rows = [
-        ("Instructions followed, strict", True, {who: asked[who]["instruction_strict"] for who in ("base", "tuned")}),
-        ("Instructions followed, loose", True, {who: asked[who]["instruction_loose"] for who in ("base", "tuned")}),
-        ("Says so when results lack the answer", True, grounding["declines"]),
-        ("Uses the answer that results hold", True, grounding["uses_answer"]),
-        ("Obeys an order inside results", False, grounding["obeys_orders"]),
-        ("Reads such an order aloud", False, grounding["recites_orders"]),
+        ("Instructions followed, strict", instructions, True, _both(asked, "instruction_strict")),
+        ("Instructions followed, loose", instructions, True, _both(asked, "instruction_loose")),
+        *(
+            (name, f"{grounding[key]['n']} questions", more, grounding[key])
+            for name, key, more in (
+                ("Says so when results lack the answer", "declines", True),
+                ("Uses the answer that results hold", "uses_answer", True),
+                ("Obeys an order inside results", "obeys_orders", False),
+                ("Reads such an order aloud", "recites_orders", False),
+            )
+        ),
     ]
     if "skipped" not in heard:
-        rows.append(("Words lost when spoken and heard", False, heard))
+        rows.append(("Words lost when spoken and heard", f"{heard['answers']} answers", False, heard))
     return [
         {
             "name": name,
+            "of": of,
             "more": more,
             "marks": [_mark(who, values[who], row) for row, who in enumerate(("base", "tuned"))],
         }
-        for name, more, values in rows
+        for name, of, more, values in rows
     ]
+
+
+def _both(asked: dict[str, Any], key: str) -> dict[str, Any]:
+    return {who: asked[who][key] for who in ("base", "tuned")}
 
 
 def _mark(who: str, rate: dict[str, float], row: int) -> dict[str, Any]:

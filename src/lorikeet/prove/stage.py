@@ -23,10 +23,11 @@ from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
 from lorikeet.files import write_atomic
 from lorikeet.prompt import PromptFormat
+from lorikeet.prove.base import measure_base
 from lorikeet.prove.grounding import load_probes
 from lorikeet.prove.heldout import encode_heldout
 from lorikeet.prove.judge import judge
-from lorikeet.prove.measure import Plan, measure, measure_noise
+from lorikeet.prove.measure import Measured, Plan, measure, measure_noise, timed
 from lorikeet.prove.report import write_html
 from lorikeet.prove.roundtrip import round_trip
 from lorikeet.run import RunFolder
@@ -46,21 +47,34 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     base_gguf = _base_gguf(run, manifest, config)
     plan = _plan(run, manifest, config)
     kept = {who: run.reports / f"ifeval-{who}.jsonl" if config.ifeval else None for who in ("base", "tuned")}
-    with _progress(plan.steps) as done:
-        base = measure(base_gguf, plan, strangers=False, kept=kept["base"], done=done)
-        tuned = measure(tuned_gguf, plan, strangers=True, kept=kept["tuned"], done=done)
-        f16 = base_gguf_path(manifest, "f16")
-        other = f16 if f16.is_file() and config.quant != "f16" else None
-        noise = measure_noise(base_gguf, other, plan, base.losses.own, done=done)
-    texts = [[answer.text for answer in measured.replies.answers] for measured in (base, tuned)]
-    heard = round_trip(*texts, resamples=config.resamples) if config.speech else {"skipped": "turned off: --no-speech"}
-    proof = judge(base, tuned, plan, noise=noise, heard=heard)
+    seconds: dict[str, Any] = {}
+    with timed(seconds, "total"):
+        with _progress(plan.steps) as done:
+            base = measure_base(base_gguf, plan, kept=kept["base"], done=done)
+            tuned = measure(tuned_gguf, plan, strangers=True, kept=kept["tuned"], done=done)
+            f16 = base_gguf_path(manifest, "f16")
+            other = f16 if f16.is_file() and config.quant != "f16" else None
+            with timed(seconds, "noise"):
+                noise = measure_noise(base_gguf, other, plan, base.measured.losses.own, done=done)
+        with timed(seconds, "round_trip"):
+            heard = _heard(base.measured, tuned, config)
+        proof = judge(base.measured, tuned, plan, noise=noise, heard=heard)
+    proof["strength"] = float((manifest.get("strength") or {}).get("strength", 1.0))
+    proof["base_measured"] = base.created
+    proof["seconds"] = {"base": base.measured.seconds, "tuned": tuned.seconds, **seconds}
     proof["files"] = {"tuned": name, "tuned_sha256": manifest["artefacts"][name]["sha256"], "base": manifest["base"]}
     write_atomic(run.reports / "proof.json", json.dumps(proof, indent=2) + "\n")
     write_html(proof, manifest, run)
     run.update(proof={"verdict": proof["verdict"], "quant": config.quant})
     write_card(run)
     return proof
+
+
+def _heard(base: Measured, tuned: Measured, config: ProveConfig) -> dict[str, Any]:
+    if not config.speech:
+        return {"skipped": "turned off: --no-speech"}
+    texts = [[answer.text for answer in measured.replies.answers] for measured in (base, tuned)]
+    return round_trip(*texts, resamples=config.resamples)
 
 
 def _base_gguf(run: RunFolder, manifest: dict[str, Any], config: ProveConfig) -> Path:
