@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         forward = LlamaModel.forward
-        monkeypatch.setattr(budget.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: (self.run(), forward(*a, **k))[1])
 
     def run(self) -> None:

@@ -40,6 +40,7 @@ from ..conftest import CHATML, make_conversations, make_model, make_tokenizer, w
 QUICK = VerifyConfig(conversations=6, answers=3, answer_tokens=8)
 BOS = "<|begin|>"
 Q8 = "gguf/model-q8_0.gguf"
+MERGED = ExportConfig(formats=("merged",), strength="1")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def no_route(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def exported(run: RunFolder, *quants: Any) -> RunFolder:
     quant = ",".join(quants or ("q8_0",))
-    assert cli.run(["export", str(run.root), "--quant", quant, "--no-verify"]) == 0
+    assert cli.run(["export", str(run.root), "--quant", quant, "--strength", "1", "--no-verify"]) == 0
     return run
 
 
@@ -158,7 +159,7 @@ def test_other_families_pass(tmp_path: Path, family: str, tied: bool) -> None:
 
 @pytest.mark.usefixtures("home", "no_route")
 def test_what_is_not_there_is_said(run: RunFolder) -> None:
-    export(run.root, ExportConfig(formats=("adapter",)))
+    export(run.root, ExportConfig(formats=("adapter",), strength="1"))
     certificate = verify(run.root, QUICK)
     assert certificate["pass"]
     assert len(certificate["not_checked"]) == 2
@@ -220,7 +221,7 @@ def file_of_another_run_before(run: RunFolder) -> None:
     """Merged weights are there, and beside them another run's file, which run.json says was made from them."""
     other = RunFolder.open(run.root.parent / "other")
     exported(other)
-    export(run.root, ExportConfig(formats=("merged",)))
+    export(run.root, MERGED)
     (run.root / "gguf").mkdir()
     shutil.copyfile(other.root / Q8, run.root / Q8)
     record(run, Q8)
@@ -234,12 +235,12 @@ def template_with_a_space_at_its_end(run: RunFolder) -> None:
 
 
 def norm_of_zeros(run: RunFolder) -> None:
-    export(run.root, ExportConfig(formats=("merged",)))
+    export(run.root, MERGED)
     edit_tensor(run, "model.layers.1.input_layernorm.weight", lambda value: value * 0)
 
 
 def layers_exchanged(run: RunFolder) -> None:
-    export(run.root, ExportConfig(formats=("merged",)))
+    export(run.root, MERGED)
     other = load_file(run.root / "merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     edit_tensor(run, "model.layers.1.mlp.up_proj.weight", lambda _: other.clone())
 
@@ -321,7 +322,7 @@ def test_alpha_over_r_applied_twice_is_caught(run: RunFolder, monkeypatch: pytes
 
 @pytest.mark.usefixtures("home", "no_route")
 def test_an_untied_head_is_caught(run: RunFolder) -> None:
-    export(run.root, ExportConfig(formats=("merged",)))
+    export(run.root, MERGED)
     folder = run.root / "merged"
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -343,7 +344,7 @@ def test_an_untied_head_is_caught(run: RunFolder) -> None:
     ],
 )
 def test_changed_settings_are_caught(run: RunFolder, key: str, value: Any) -> None:
-    export(run.root, ExportConfig(formats=("merged",)))
+    export(run.root, MERGED)
     edit_json(run.root / "merged" / "config.json", **{key: value})
     record(run, "merged")
     exported(run)
@@ -418,7 +419,7 @@ def one_row_shuffled(run: RunFolder) -> None:
         (set_gguf("tokenizer.chat_template.rag", CHATML, GGUFValueType.STRING), "header_q8_0"),
         (set_gguf("general.sampling.temp", 1.5, GGUFValueType.FLOAT32), "header_q8_0"),
         (set_gguf("llama.rope.scaling.factor", 4.0, GGUFValueType.FLOAT32), "header_q8_0"),
-        (set_gguf("llama.attention.causal", False, GGUFValueType.BOOL), "header_q8_0"),
+        (set_gguf("llama.attention.scale", 0.01, GGUFValueType.FLOAT32), "header_q8_0"),
         (set_gguf("tokenizer.ggml.eot_token_id", 300, GGUFValueType.UINT32), "header_q8_0"),
         (a_norm_of_zeros, "weights_q8_0"),
         (one_row_shuffled, "weights_q8_0"),

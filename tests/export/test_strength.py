@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,7 @@ class Slow:
 def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     """A machine of a hundred tokens a second."""
     clock, losses = Slow(100.0), trained.TorchModel.losses
-    monkeypatch.setattr(budget.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=clock.monotonic))
 
     def counted(model: Any, rows: Any, *, done: Callable[[int], None] = lambda _: None) -> Any:
         def told(tokens: int) -> None:
