@@ -87,10 +87,11 @@ def gemm_rate(seconds: float = 3.0) -> float:
 def flops_per_token(rows: list[list[Any]]) -> float:
     """Return the floating-point operations of matrix products that Lorikeet executes for a token of `rows`.
 
-    What the conversations of a step start with is counted once, as it is computed once. Frozen weights are multiplied twice (forward, and backward for the input), the adapter's three times, the head
+    What the conversations of a step start with is counted once, as it is computed once; what no loss depends on, never. Frozen weights are multiplied twice (forward, and backward for the input), the adapter's three times, the head
     twice where a token is supervised, attention's four products of each document six times over, halved as causal.
     """
     from lorikeet.data.encode import shared_start
+    from lorikeet.tune.batches import read_tokens
 
     hidden, inner, layers, keys, vocabulary, rank = 576, 1536, 30, 192, 49152, 16
     shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
@@ -100,8 +101,9 @@ def flops_per_token(rows: list[list[Any]]) -> float:
     every = [row for step in rows for row in step]
     tokens, supervised = sum(len(r.ids) for r in every), sum(r.supervised_tokens for r in every)
     skipped = sum((len(step) - 1) * shared_start(step) for step in rows)
+    skipped += sum(len(row.ids) - read_tokens(row) for row in every)
     again = sum((len(step) - 1) * shared_start(step) ** 2 for step in rows)
-    attention = layers * hidden * (sum(len(r.ids) ** 2 for r in every) - again) / tokens / 2
+    attention = layers * hidden * (sum(read_tokens(r) ** 2 for r in every) - again) / tokens / 2
     per_token = (2 * frozen + 3 * adapter) * (1 - skipped / tokens)
     return 2 * (per_token + 2 * hidden * vocabulary * supervised / tokens + 6 * attention)
 

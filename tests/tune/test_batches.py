@@ -14,7 +14,7 @@ from lorikeet.data.encode import LEAST_SHARED, encode_all, shared_start
 from lorikeet.errors import InputError
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import count_steps, pack, pack_all, steps
+from lorikeet.tune.batches import count_steps, pack, pack_all, read_tokens, steps
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations
@@ -44,7 +44,7 @@ def test_every_pass_sees_every_row_once_in_another_order(tiny_model: Path) -> No
         for step in islice(steps(rows, per_step=2, max_tokens=1, share=False, seed=1), 12)
         for b in step
     ]
-    everything = sorted(tuple(row.ids) for row in rows)
+    everything = sorted(tuple(row.ids[: read_tokens(row)]) for row in rows)
     assert sorted(drawn[:12]) == everything and sorted(drawn[12:]) == everything
     assert drawn[:12] != drawn[12:]
 
@@ -90,10 +90,10 @@ def test_a_micro_batch_is_bound_in_tokens(tiny_model: Path) -> None:
     rows = rows_of(tiny_model)
     longest = max(len(row.ids) for row in rows)
     batches = pack_all(rows, max_tokens=3 * longest, share=False)
-    assert all(batch.tokens == batch.row_tokens <= 3 * longest for batch in batches)
+    assert all(batch.row_tokens < batch.tokens <= 3 * longest for batch in batches)
     assert 1 < len(batches) < len(rows)
     drawn = sorted(tuple(b.ids[0, s:e].tolist()) for b in batches for s, e in pairwise(b.documents.tolist()))
-    assert drawn == sorted(tuple(row.ids) for row in rows)
+    assert drawn == sorted(tuple(row.ids[: read_tokens(row)]) for row in rows)
     assert len(pack_all(rows, max_tokens=1, share=False)) == len(rows)
 
 
@@ -113,13 +113,25 @@ def test_what_all_start_with_stands_once_and_every_conversation_is_whole(tiny_mo
         for start, end in pairwise(bounds):
             places = [*range(shared), *range(start, end)]
             found.append((batch.ids[0, places].tolist(), batch.positions[0, places].tolist()))
-        assert batch.ids[0, batch.scored + 1].tolist() == batch.labels.tolist()
+        last = batch.documents[1:] - 1
+        inside = ~torch.isin(batch.scored, last)
+        assert batch.ids[0, batch.scored[inside] + 1].tolist() == batch.labels[inside].tolist()
+        assert set(last.tolist()) <= set(batch.scored.tolist())  # a document ends where its last label is predicted
         labels += batch.labels.tolist()
-    assert sorted(ids for ids, _ in found) == sorted(row.ids for row in rows)
+    assert sorted(ids for ids, _ in found) == sorted(row.ids[: read_tokens(row)] for row in rows)
     assert all(positions == list(range(len(ids))) for ids, positions in found)
     assert sum(batch.tokens for batch in batches) == sum(len(row.ids) for row in rows)
     expected = [i for row in rows for i, kept in zip(row.ids[1:], row.supervised[1:], strict=True) if kept]
     assert sorted(labels) == sorted(expected)
+
+
+def test_a_row_is_read_up_to_its_last_supervised_token() -> None:
+    row = Encoded([*range(10, 20)], [place in (4, 5, 7) for place in range(10)])
+    batch = pack([row, row], shared=2)
+    assert batch.ids.tolist() == [[10, 11, 12, 13, 14, 15, 16, 12, 13, 14, 15, 16]]
+    assert batch.positions.tolist() == [[*range(7), *range(2, 7)]] and batch.documents.tolist() == [2, 7, 12]
+    assert batch.scored.tolist() == [3, 4, 6, 8, 9, 11] and batch.labels.tolist() == [14, 15, 17] * 2
+    assert batch.tokens == 20
 
 
 @pytest.mark.parametrize(

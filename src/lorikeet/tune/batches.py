@@ -2,7 +2,8 @@
 
 A micro-batch is one row: what all its conversations start with (a system prompt, most often) stands first and once, then
 the rest of each. Positions go on from there, and `documents` says where each rest is, so that no conversation sees
-another. There is no padding. It does not know the model.
+another. There is no padding, and what follows the last supervised token, from that token on, is not read: nothing learned
+depends on it. It does not know the model.
 """
 
 from __future__ import annotations
@@ -32,35 +33,45 @@ class Batch:
     documents: torch.Tensor
     """Where each conversation's own part starts, and the end of the row, int64, shape (conversations + 1,), always on the
     CPU. What lies before the first of them is the start of every conversation."""
+    tokens: int
+    """Tokens of the conversations, each with its start and with its end, which the row leaves out."""
 
     @property
     def row_tokens(self) -> int:
         """Tokens in the row, a shared start once."""
         return self.ids.shape[1]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the conversations, each with its start."""
-        return self.row_tokens + (len(self.documents) - 2) * int(self.documents[0])
-
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
         ids, positions, scored, labels = (p.to(device) for p in (self.ids, self.positions, self.scored, self.labels))
-        return Batch(ids, positions, scored, labels, self.documents)
+        return Batch(ids, positions, scored, labels, self.documents, self.tokens)
+
+
+def read_tokens(row: Encoded) -> int:
+    """Return how many tokens of a row are read: those before the last supervised one, which is only predicted."""
+    return max(place for place, kept in enumerate(row.supervised) if kept)
 
 
 def pack(rows: Sequence[Encoded], *, shared: int = 0) -> Batch:
-    """Return one packed row of whole conversations, whose first `shared` tokens are the same and stand in it once."""
-    ids, positions, scored, bounds = rows[0].ids[:shared], list(range(shared)), list[int](), [shared]
+    """Return one packed row of conversations, whose first `shared` tokens are the same and stand in it once."""
+    ids, positions, bounds = rows[0].ids[:shared], list(range(shared)), [shared]
+    scored, labels = list[int](), list[int]()
     for row in rows:
-        offset = len(ids) - shared
-        ids = ids + row.ids[shared:]
-        positions += range(shared, len(row.ids))
-        scored += [offset + place - 1 for place in range(1, len(row.ids)) if row.supervised[place]]
+        offset, read = len(ids) - shared, read_tokens(row)
+        ids = ids + row.ids[shared:read]
+        positions += range(shared, read)
+        predicted = [place for place in range(1, read + 1) if row.supervised[place]]
+        scored += [offset + place - 1 for place in predicted]
+        labels += [row.ids[place] for place in predicted]
         bounds.append(len(ids))
-    token_ids = torch.tensor([ids])
-    places = torch.tensor(scored)
-    return Batch(token_ids, torch.tensor([positions]), places, token_ids[0, places + 1], torch.tensor(bounds))
+    return Batch(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(scored),
+        torch.tensor(labels),
+        torch.tensor(bounds),
+        tokens=sum(len(row.ids) for row in rows),
+    )
 
 
 def pack_all(rows: Sequence[Encoded], *, max_tokens: int, share: bool) -> list[Batch]:
