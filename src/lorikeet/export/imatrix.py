@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from lorikeet.errors import InputError
 from lorikeet.export.budget import Clock
+from lorikeet.weights import quiet_transformers
 
 MAX_TOKENS = 8192
 """Tokens that are run through the model at most; see docs/decisions/0004-quantisation.md for what more would give."""
@@ -117,6 +118,7 @@ def collect(
     """
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = torch.float32 if (device, dtype) == ("cpu", "float16") else getattr(torch, dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True)
