@@ -128,6 +128,7 @@ def test_a_packed_batch_scores_as_its_conversations_do_one_by_one(family: str, s
         model.train()
     scorer = Scorer.build(quick, config, dtype=torch.float32)
     assert scorer.fast and scorer.plain == [] and scorer.masks is not None
+    assert isinstance(quick.get_base_model().get_decoder().layers[-1], fast.LastBlock) == (family != "gemma3_text")
     (batch,) = pack_all(rows, max_tokens=1000, share=share)
     assert bool(batch.documents[0]) == share
     ours = scorer.summed_loss(batch)

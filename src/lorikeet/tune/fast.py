@@ -39,6 +39,31 @@ COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 """Any of these will do for torch.compile on a CPU."""
 
 
+class LastBlock:
+    """The decoder's last block, whose MLP computes only what is scored; mixed into the class of a block.
+
+    No other token's output is used, and about half of all tokens are not scored.
+    """
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+
+    def forward(self, hidden_states: torch.Tensor, *, scored: torch.Tensor, **given: Any) -> torch.Tensor:
+        """Return the block's output at the places `scored`, (1, tokens, size) -> (1, scored, size)."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
+        hidden_states = (hidden_states + attended)[:, scored]
+        out: torch.Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return out
+
+
+def shorten_last_block(block: Any) -> None:
+    """Make the `block` of transformers a LastBlock, if it has the four parts that most families have, and no others."""
+    if {name for name, _ in block.named_children()} == set(LastBlock.__annotations__):
+        block.__class__ = type("LastBlock", (LastBlock, block.__class__), {})
+
+
 @dataclass
 class Scorer:
     """A PEFT model and how a batch goes through it."""
@@ -62,6 +87,7 @@ class Scorer:
         fast = kind in FAMILIES
         if fast:
             use_document_attention(base)
+            shorten_last_block(base.get_decoder().layers[-1])
         else:
             plain.append(f"attention, LoRA and loss: {kind} is not one of {', '.join(FAMILIES)}")
         masks = None
@@ -84,7 +110,8 @@ class Scorer:
 
         partitioner.activation_memory_budget = MEMORY_BUDGET
         for block in self.model.get_base_model().get_decoder().layers:
-            block.compile(dynamic=True)
+            if not isinstance(block, LastBlock):  # a graph of its own would take seconds to compile, for one block
+                block.compile(dynamic=True)
         return ""
 
     def summed_loss(self, batch: Batch) -> torch.Tensor:
@@ -100,8 +127,10 @@ class Scorer:
             if not self.fast:
                 logits = self.model(**given, logits_to_keep=batch.scored).logits[0]
                 return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            given |= {"documents": batch.documents, "room": weights_kept(batch.documents)}
-            hidden = base.get_decoder()(**given).last_hidden_state[0, batch.scored]
+            given |= {"documents": batch.documents, "room": weights_kept(batch.documents), "scored": batch.scored}
+            hidden = base.get_decoder()(**given).last_hidden_state[0]
+            if len(hidden) != len(batch.scored):  # where the last block computes all, and not all is scored
+                hidden = hidden[batch.scored]
         head = base.get_output_embeddings().weight
         return chunked_loss(hidden.to(head.dtype), head, batch.labels)
 
