@@ -5,12 +5,13 @@
 
 `q_proj`, `k_proj` and `v_proj` read the same input, and so do `gate_proj` and `up_proj`: their frozen weights become
 views of one matrix, so a block multiplies by four frozen matrices instead of seven, and dropout masks four inputs
-instead of seven. The backward pass is written out: frozen weights get no gradient, the adapter's part is added in
+instead of seven. Their A are one matrix, too; each B multiplies its own part of what A gives. The backward pass is written out: frozen weights get no gradient, the adapter's part is added in
 place, and nothing is cast but the adapter's own small matrices. LoRA: Hu et al., 2021, arXiv 2106.09685.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -78,11 +79,11 @@ class SharedInput:
     def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the outputs of all layers."""
         a = torch.cat([layer.lora_A[ADAPTER].weight for layer in self.layers]).to(x.dtype)
-        parts = [layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER] for layer in self.layers]
-        b = torch.block_diag(*parts).to(x.dtype)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        b = torch.cat([layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER] for layer in self.layers]).to(x.dtype)
         drops = bool(self.masks.probability) and self.layers[0].training
         pool = self.masks.pool if drops else None
-        y, _, _ = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias, a, b, pool, self.place, self.mask_again)
+        rows = x.reshape(-1, x.shape[-1])
+        y, _, _ = _product(rows, self.weight, self.bias, a, b, self.sizes, pool, self.place, self.mask_again)
         return torch.split(y.view(*x.shape[:-1], -1), self.sizes, -1)
 
 
@@ -97,6 +98,15 @@ class SharedLinear(LoraLinear):  # type: ignore[misc]  # PEFT ships no types
         return self.group.call(self.index, x)
 
 
+def _parts(sizes: list[int], rank: int) -> list[tuple[slice, slice]]:
+    """Return where each layer's outputs are among those of all, and its rows of `a` among all."""
+    ends = list(itertools.accumulate(sizes))
+    return [
+        (slice(end - size, end), slice(rank * place, rank * (place + 1)))
+        for place, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
+
+
 @torch.library.custom_op("lorikeet::lora_product", mutates_args=())
 def _product(
     x: torch.Tensor,
@@ -104,20 +114,27 @@ def _product(
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
+    sizes: list[int],
     pool: torch.Tensor | None,
     place: torch.Tensor,
     mask_again: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return x @ weight^T + bias + (x * mask) @ a^T @ b^T, (x * mask) @ a^T, and x * mask.
 
+    `a` and `b` hold those of several layers one below the other, each layer with `sizes` outputs, and a layer's a meets
+    its own b alone.
+
     The mask is that of `pool` at `place`; without a pool there is none. The third is empty without a mask, and with
     `mask_again`, which has the backward pass multiply again: for wide inputs that costs less than keeping the product.
-    Shapes: x (tokens, in), weight (out, in), bias (out,), a (rank, in), b (out, rank); all of one type.
+    Shapes: x (tokens, in), weight (out, in), bias (out,), a (layers * rank, in), b (out, rank); all of one type.
     """
     masked = x if pool is None else x * window(pool, place, x)
     inner = masked @ a.t()
     kept = x.new_empty(0) if pool is None or mask_again else masked
-    return functional.linear(x, weight, bias).addmm_(inner, b.t()), inner, kept
+    y = functional.linear(x, weight, bias)
+    for outputs, ranks in _parts(sizes, b.shape[1]):
+        y[:, outputs].addmm_(inner[:, ranks], b[outputs].t())
+    return y, inner, kept
 
 
 @_product.register_fake
@@ -127,6 +144,7 @@ def _(
     _bias: torch.Tensor | None,
     a: torch.Tensor,
     _b: torch.Tensor,
+    _sizes: list[int],
     pool: torch.Tensor | None,
     _place: torch.Tensor,
     mask_again: bool,
@@ -145,10 +163,14 @@ def _backward(
     b: torch.Tensor,
     pool: torch.Tensor | None,
     place: torch.Tensor,
+    sizes: list[int],
     mask_again: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x, a and b; `kept` is x where there is no mask or it is applied again, else x * mask."""
-    d_inner = upper @ b
+    d_inner, d_b = torch.empty_like(inner), torch.empty_like(b)
+    for outputs, ranks in _parts(sizes, b.shape[1]):
+        torch.mm(upper[:, outputs], b[outputs], out=d_inner[:, ranks])
+        torch.mm(upper[:, outputs].t(), inner[:, ranks], out=d_b[outputs])
     d_x = upper @ weight
     masked = kept
     if pool is None:
@@ -157,7 +179,7 @@ def _backward(
         mask = window(pool, place, kept)
         d_x.addcmul_(d_inner @ a, mask)
         masked = kept * mask if mask_again else kept
-    return d_x, d_inner.t() @ masked, upper.t() @ inner
+    return d_x, d_inner.t() @ masked, d_b
 
 
 @_backward.register_fake
@@ -174,7 +196,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, a, b, pool, place, ctx.mask_again = inputs
+    x, weight, _, a, b, ctx.sizes, pool, place, ctx.mask_again = inputs
     _, inner, masked = output
     kept = x if pool is None or ctx.mask_again else masked
     ctx.save_for_backward(kept, inner, weight, a, b, pool, place)
@@ -182,8 +204,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _differentiate(ctx: Any, upper: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
-    d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors, ctx.mask_again)
-    return d_x, None, None, d_a, d_b, None, None, None
+    d_x, d_a, d_b = _backward(upper, *ctx.saved_tensors, ctx.sizes, ctx.mask_again)
+    return d_x, None, None, d_a, d_b, None, None, None, None
 
 
 _product.register_autograd(_differentiate, setup_context=_save)
@@ -213,8 +235,8 @@ def fuse_linears(model: nn.Module) -> Masks:
 
 
 def _alike(layers: list[LoraLinear]) -> bool:
-    """Return whether all have a bias or none has."""
-    return len({layer.base_layer.bias is None for layer in layers}) == 1
+    """Return whether all have a bias or none has, and all the same rank."""
+    return len({(layer.base_layer.bias is None, layer.r[ADAPTER]) for layer in layers}) == 1
 
 
 def _share(layers: list[LoraLinear], masks: Masks, *, place: float) -> None:
