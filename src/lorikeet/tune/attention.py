@@ -26,7 +26,7 @@ NAME = "lorikeet_documents"
 """What transformers knows this attention by."""
 
 BLOCK = 128
-"""Queries whose scores are held at once; shorter documents take one block."""
+"""Queries whose scores are held at once, about: a document is cut into equal blocks of nearest to so many."""
 
 KEPT = 512
 """Documents up to this length keep their attention weights for the backward pass; longer ones compute them again."""
@@ -98,8 +98,9 @@ def _blocks(documents: torch.Tensor, window: int) -> Iterator[_Block]:
     parts = [(0, shared, 0)] if shared else []
     parts += [(start, end, shared) for start, end in itertools.pairwise(bounds)]
     for start, end, before in parts:
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
+        count = max(1, round((end - start) / BLOCK))
+        for block in range(count):
+            first, last = (start + (end - start) * edge // count for edge in (block, block + 1))
             lowest = max(0, before + first - start - window + 1) if window else 0
             head, own = slice(min(lowest, before), before), slice(start + max(0, lowest - before), last)
             yield _Block(head, own, slice(first, last), before + end - start <= KEPT)
