@@ -19,7 +19,7 @@ from lorikeet.prove.ask import Answer
 from lorikeet.prove.grounding import load_probes, marked, recited, succeeded
 from lorikeet.prove.instructions import answer_prompts
 from lorikeet.prove.report import histogram, nice_range
-from lorikeet.prove.roundtrip import count_errors, edit_distance, words
+from lorikeet.prove.roundtrip import count_errors, edit_distance, round_trip, words
 from lorikeet.speech import Samples, Transcript
 
 from ..conftest import make_tokenizer
@@ -121,6 +121,25 @@ def test_a_lost_word_is_counted() -> None:
     assert base == (1, 3)
 
 
+def test_an_answer_that_repeats_itself_is_not_spoken() -> None:
+    """Whisper would leave such sound out as its own raving, and all of its words would count as lost."""
+    voice = Tone()
+    [(base, tuned)] = count_errors([("No, no, no, no. " * 9, "Fine.")], voice, Parrot(voice, lose="no"), budget_s=9)
+    assert base is None and tuned == (0, 1) and voice.said == "Fine."
+
+
+def test_rates_leave_out_what_was_not_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    voice = Tone()
+    monkeypatch.setattr("lorikeet.speech.speak.load_voice", lambda name: voice)
+    monkeypatch.setattr("lorikeet.speech.hear.load_ears", lambda name: Parrot(voice, lose="brown"))
+    same = "Well, well, well. " * 9
+    heard = round_trip([same, "Seven brown dogs."], ["A brown dog.", ""], resamples=200)
+    assert heard["answers"] == 2 and heard["repeating"] == {"base": 1, "tuned": 0}
+    assert heard["base"]["value"] == pytest.approx(1 / 3)
+    assert heard["tuned"]["value"] == pytest.approx((1 + 1) / (3 + 1))  # an empty answer is a word that was not heard
+    assert round_trip([same], ["Fine."], resamples=9) == {"skipped": "every answer of the base model repeats itself"}
+
+
 def test_no_pair_is_begun_after_the_time() -> None:
     voice = Tone()
     assert len(count_errors([("a", "b")] * 5, voice, Parrot(voice), budget_s=0)) == 1
@@ -132,6 +151,24 @@ def test_no_pair_is_begun_after_the_time() -> None:
 )
 def test_edit_distance(wanted: str, got: str, distance: int) -> None:
     assert edit_distance(wanted.split(), got.split()) == distance
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("I can't, I won't; they're OK.", "I cannot I will not they are okay"),
+        ("We've met at 11:00, alright?", "we have met at 11 o'clock all right"),
+        ("It's the dogs' bowl", "its the dog's bowl"),
+        ("Don't: I'm sure she'll", "do not i am sure she will"),
+        ("On April 1, 1912, 35 people", "on april first nineteen twelve thirty-five people"),
+    ],
+)
+def test_what_is_written_in_two_ways_is_one_word(said: str, heard: str) -> None:
+    assert words(said) == words(heard)
+
+
+def test_words_that_sound_otherwise_stay_apart() -> None:
+    assert words("It is late") != words("It was late") and words("the wheel") != words("the wheels")
 
 
 def test_words_sound_the_same() -> None:

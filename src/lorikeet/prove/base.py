@@ -106,4 +106,4 @@ def _steps(measured: Measured) -> int:
     """Return how often `done` would have been called."""
     losses, replies = measured.losses, measured.replies
     rows = (losses.own.by_token, losses.prose.by_token, replies.answers, replies.instructed, replies.probes)
-    return sum(map(len, rows))
+    return sum(len(part) for part in rows)

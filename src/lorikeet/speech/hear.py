@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ DRAFT_MAX_S = 20.0
 
 DRAFT_PADDING_S = 5.0
 """Silence after the speech in a draft. With less, tiny.en begins to repeat itself (docs/decisions/0005-voice.md)."""
+
+TIME_STEP_S = 0.02
+"""Between two of Whisper's tokens for times."""
 
 DRAFT_TOKENS_PER_S = 8
 DRAFT_WORDS_PER_S = 6.0
@@ -160,14 +163,19 @@ class WhisperEars:
         )[0]
         tokens = result.sequences_ids[0]
         end = model.hf_tokenizer.token_to_id("<|endoftext|>")
+        closed, closed_s = _last_closed(tokens, zero=model.hf_tokenizer.token_to_id("<|notimestamps|>") + 1)
         text = model.hf_tokenizer.decode([token for token in tokens if token < end]).strip()
         if result.no_speech_prob > NO_SPEECH_PROBABILITY and result.scores[0] < LOG_PROBABILITY:
             return ""
         hurried = len(tokens) >= limit or len(text.split()) > DRAFT_WORDS_PER_S * speech_s + 2
         once = cut_repetition(text) if hurried else text
-        if result.scores[0] < LOG_PROBABILITY or (hurried and once == text) or _compression(once) > COMPRESSION:
+        if result.scores[0] < LOG_PROBABILITY or (hurried and once == text) or compression(once) > COMPRESSION:
             return None
-        return once
+        if not closed or closed_s * HEARING_HZ >= speech.size:
+            return once
+        before = model.hf_tokenizer.decode([token for token in tokens[:closed] if token < end]).strip()
+        rest = self._draft(speech[int(closed_s * HEARING_HZ) :], speech_s)
+        return rest if rest is None else f"{before} {rest}".strip()
 
     def _prompt(self, encoded: Any) -> list[int]:
         """Return the tokens that ask for a transcript in the language that is heard.
@@ -188,6 +196,18 @@ class WhisperEars:
             condition_on_previous_text=False,
         )
         return " ".join(segment.text.strip() for segment in segments if _is_said(segment))
+
+
+def _last_closed(tokens: Sequence[int], *, zero: int) -> tuple[int, float]:
+    """Return how many of `tokens` belong to closed segments, and when the next one begins; zeros if all are closed.
+
+    Whisper closes a segment with a time. Where it ends without one, it leaves the last sentence to the next window, often cut
+    off, and expects to be asked again from the time before it (2212.04356, section 2.3). `zero` is the token of time 0.
+    """
+    times = [place for place, token in enumerate(tokens) if token >= zero]
+    if not times or times[-1] == len(tokens) - 1 or tokens[times[-1]] == zero:
+        return 0, 0.0
+    return times[-1], (tokens[times[-1]] - zero) * TIME_STEP_S
 
 
 def _is_said(segment: Any) -> bool:
@@ -230,7 +250,8 @@ def cut_repetition(text: str) -> str:
     return text
 
 
-def _compression(text: str) -> float:
+def compression(text: str) -> float:
+    """Return how many times smaller `text` becomes: more than `COMPRESSION` is said over and over."""
     data = text.encode()
     return len(data) / len(zlib.compress(data)) if data else 0.0
 
