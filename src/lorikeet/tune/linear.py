@@ -33,7 +33,7 @@ class Masks:
     """Dropout masks for one step: windows of one pool of independent draws, which each step draws anew.
 
     Within an input every element is dropped independently, as in `torch.nn.Dropout`; between inputs windows may overlap.
-    Drawing each mask for itself took 16 % of a step, the pool takes under 1 %.
+    Drawing each mask for itself took 16 % of a step, the pool takes half a percent. Probabilities are multiples of 2^-16.
     """
 
     def __init__(self, probability: float, *, widest: int) -> None:
@@ -44,8 +44,11 @@ class Masks:
     def draw(self, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
         """Draw a new pool for inputs of at most `tokens` rows."""
         if self.probability:
-            ones = torch.ones(POOL_USES * tokens * self.widest, dtype=dtype, device=device)
-            self.pool = functional.dropout(ones, self.probability)
+            size = POOL_USES * tokens * self.widest
+            bits = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+            draws = bits.view(torch.int16)[:size]  # four of one number: drawing takes less than half of the time
+            kept = draws >= round(self.probability * 2**16) - 2**15
+            self.pool = kept.to(dtype).mul_(1 / (1 - self.probability))
 
 
 def window(pool: torch.Tensor, place: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
