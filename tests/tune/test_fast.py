@@ -84,6 +84,23 @@ def test_chunked_loss_is_cross_entropy(count: int) -> None:
         assert torch.allclose(loss.chunked_loss(hidden, head, labels), theirs, rtol=1e-6)
 
 
+def test_the_loss_of_a_token_that_is_all_but_impossible_is_finite_and_right() -> None:
+    hidden, head = torch.tensor([[300.0, -2.0]], requires_grad=True), torch.eye(2)
+    ours = loss.chunked_loss(hidden, head, torch.tensor([1]))
+    assert ours.item() == pytest.approx(302)
+    assert torch.autograd.grad(ours, hidden)[0].tolist() == [[1, -1]]
+
+
+def test_masks_draw_every_element_for_itself() -> None:
+    """Four elements share one number that is drawn: each is dropped as often, and alone as often as with a neighbour."""
+    torch.manual_seed(0)
+    masks = linear.Masks(0.3, widest=64)
+    masks.draw(4096, dtype=torch.float32, device=CPU)
+    dropped = (masks.pool.view(-1, 4) == 0).float()
+    assert dropped.mean(0).tolist() == pytest.approx([0.3] * 4, abs=0.005)
+    assert torch.corrcoef(dropped.T).fill_diagonal_(0).abs().max() < 0.01
+
+
 def test_masks_drop_the_asked_share_and_are_new_at_each_step() -> None:
     torch.manual_seed(0)
     masks = linear.Masks(0.05, widest=300)

@@ -31,12 +31,13 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = hidden[part] @ head.t()
             for row in range(0, len(logits), ROWS):
                 some = logits[row : row + ROWS]
-                wide = torch.log_softmax(some.float(), -1)
                 chosen = labels[part][row : row + ROWS].unsqueeze(1)
-                total -= wide.gather(1, chosen).sum()
+                likely = torch.softmax(some.float(), -1)
+                # ln of the sum of all exp(logit), by the likeliest token: a logarithm of each would be another pass.
+                total += (some.amax(-1) - likely.amax(-1).log() - some.gather(1, chosen).squeeze(1)).sum()
                 if wanted:
-                    wide.exp_().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide.dtype))
-                    some.copy_(wide)
+                    likely.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=likely.dtype))
+                    some.copy_(likely)
             if gradient is not None:
                 gradient[part] = logits @ head
         ctx.save_for_backward(gradient)
