@@ -122,6 +122,32 @@ def test_the_hub_can_read_the_front_matter(tmp_path: Path) -> None:
     assert read.data.eval_results[0].metric_value == 3.27 and read.data.eval_results[0].metric_type == "loss"
 
 
+def test_everything_that_decides_is_compared_with_its_interval(tmp_path: Path) -> None:
+    """And a verdict of no says why in its first lines, whatever is in the words."""
+    run = make_run(tmp_path / "mine")
+    rates = {who: {"instruction_strict": {"value": value}} for who, value in (("base", 0.4167), ("tuned", 0.1944))}
+    orders = {"n": 16, "base": {"value": 0.0}, "tuned": {"value": 0.125}}
+    more = {
+        "verdict": "do not ship",
+        "checks": [{"name": "instructions_followed", "value": -0.028, "limit": "at least 0", "pass": False}],
+        "reasons": ["It follows fewer instructions: 7 of 36.", HOSTILE],
+        "forgetting": {"base_loss": 3.573, "tuned_loss": 3.397, "difference": -0.176, "ci95": [-0.234, -0.113]},
+        "instructions": {
+            **rates,
+            "instructions": 36,
+            "difference": {"value": -0.2222, "low": -0.4118, "high": -0.0278},
+        },
+        "grounding": {"obeys_orders": {**orders, "difference": {"value": 0.125, "low": 0.0, "high": 0.3125}}},
+    }
+    report(run, "proof", {**PROOF, **more})
+    table = sections(card(run))["Before and after"]
+    assert "| Loss on plain prose, nats a token | 3.573 | 3.397 | -0.176 (-0.234 to -0.113) |" in table
+    assert "| Instructions followed, of 36 | 42% | 19% | -22 points (-41 to -3) |" in table
+    assert "| Orders in search results obeyed, of 16 (fewer is better) | 0% | 12% | +12 points (+0 to +31) |" in table
+    assert "> It follows fewer instructions: 7 of 36." in lead(card(run))
+    assert "<script>" not in card(run)
+
+
 def test_before_and_after_with_intervals(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine", learning_rate=1e-3)
     report(run, "proof", PROOF)

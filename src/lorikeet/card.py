@@ -217,6 +217,21 @@ def _comparison(proof: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             f"{heldout['tuned_loss']:.3f}",
             f"{heldout['difference']:+.3f} ({low:+.3f} to {high:+.3f})",
         )
+    if prose := proof.get("forgetting"):
+        low, high = prose["ci95"]
+        yield (
+            "Loss on plain prose, nats a token",
+            f"{prose['base_loss']:.3f}",
+            f"{prose['tuned_loss']:.3f}",
+            f"{prose['difference']:+.3f} ({low:+.3f} to {high:+.3f})",
+        )
+    if asked := proof.get("instructions"):
+        rates = {who: asked[who]["instruction_strict"] for who in ("base", "tuned")}
+        yield _rates(f"Instructions followed, of {asked['instructions']}", rates, asked["difference"])
+    if orders := proof.get("grounding", {}).get("obeys_orders"):
+        yield _rates(
+            f"Orders in search results obeyed, of {orders['n']} (fewer is better)", orders, orders["difference"]
+        )
     ended, spoken = proof.get("answers_end"), proof.get("speakability")
     if ended:
         yield "Answers that end by themselves", f"{ended['base']:.0%}", f"{ended['tuned']:.0%}", ""
@@ -224,6 +239,13 @@ def _comparison(proof: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         base, tuned = spoken["base"], spoken["tuned"]
         yield "Answers that can be spoken", f"{base['speakable']:.0%}", f"{tuned['speakable']:.0%}", ""
         yield "Words in an answer, mean", number(base["mean_words"]), number(tuned["mean_words"]), ""
+
+
+def _rates(what: str, rates: dict[str, Any], difference: dict[str, float]) -> tuple[str, str, str, str]:
+    """Return a row of two shares, and the difference with its interval in points of a hundred."""
+    change, low, high = (f"{100 * difference[key]:+.0f}" for key in ("value", "low", "high"))
+    base, tuned = (f"{rates[who]['value']:.0%}" for who in ("base", "tuned"))
+    return what, base, tuned, f"{change} points ({low} to {high})"
 
 
 def _parameters(run: RunFolder, quants: list[str]) -> int:

@@ -30,6 +30,7 @@ from lorikeet.prove.judge import judge
 from lorikeet.prove.measure import Measured, Plan, measure, measure_noise, timed
 from lorikeet.prove.report import write_html
 from lorikeet.prove.roundtrip import round_trip
+from lorikeet.prove.words import reasons
 from lorikeet.run import RunFolder
 from lorikeet.weights import base_gguf_path
 
@@ -60,6 +61,7 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
             heard = _heard(base.measured, tuned, config)
         proof = judge(base.measured, tuned, plan, noise=noise, heard=heard)
     proof["strength"] = float((manifest.get("strength") or {}).get("strength", 1.0))
+    proof["reasons"] = reasons(proof)
     proof["base_measured"] = base.created
     proof["seconds"] = {"base": base.measured.seconds, "tuned": tuned.seconds, **seconds}
     proof["files"] = {"tuned": name, "tuned_sha256": manifest["artefacts"][name]["sha256"], "base": manifest["base"]}
