@@ -205,6 +205,9 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     assert proof["round_trip"] == {"skipped": "turned off: --no-speech"}
     page = (run.reports / "proof.html").read_text()
     assert page.count("<svg") == 2 + 6 and "<polyline" in page
+    for axis in ("tuned minus base loss, nats a token", ">conversations<", ">step<", ">nats a token<", "100 %"):
+        assert axis in page
+    assert "What to do next" in page and "Proving took" in page and proof["reasons"][0].split(":")[0] in page
     assert "http://" not in page and "https://" not in page
 
 
