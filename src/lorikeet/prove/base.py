@@ -11,11 +11,8 @@ conversations again, so kept losses that this machine would not give make the no
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from lorikeet.files import sha256_file, sha256_text, write_atomic
 from lorikeet.prove.ask import SLOTS, Answer, decode_speed
 from lorikeet.prove.instructions import keep_answers
 from lorikeet.prove.measure import PROBE_TOKENS, Done, Losses, Measured, Plan, Replies, answering, measure, timed
+from lorikeet.run import environment
 from lorikeet.scoring import Scores
 from lorikeet.weights import cache_folder
 
@@ -63,15 +61,15 @@ def measure_base(gguf: Path, plan: Plan, *, kept: Path | None, done: Done) -> Ba
 def key(gguf: Path, plan: Plan) -> str:
     """Return the name of all that the base's losses and answers depend on."""
     asked = [*plan.questions, *plan.probe_questions]
-    config = plan.config
+    config, here = plan.config, environment()
     what = {
         "file": sha256_file(gguf),
         "scored": [[row.ids, row.supervised] for row in (*plan.heldout.own, *prose_rows(plan.prompt))],
         "asked": [[message.as_dict() for message in question] for question in asked],
         "instructed": [instructed.prompt for instructed in plan.instructed],
         "limits": [config.max_answer_tokens, PROBE_TOKENS, config.max_instruction_tokens, SLOTS],
-        "engine": [metadata.version(name) for name in ("lorikeet", "xllamacpp", "numpy")],
-        "machine": [platform.machine(), os.cpu_count()],
+        "engine": [here["versions"].get(name) for name in ("lorikeet", "xllamacpp", "numpy")],
+        "machine": here["hardware"],
     }
     return sha256_text(json.dumps(what))[:32]
 
