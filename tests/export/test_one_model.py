@@ -54,7 +54,7 @@ QUICK = {"gemma3, PiSSA with rsLoRA", "llama, Llama 3's rope, rsLoRA"}
 def verified(root: Path) -> dict[str, Any]:
     """Return what `lorikeet verify` writes on a run, the real server asked."""
     with redirect_stdout(StringIO()) as out:
-        cli.run(["verify", str(root), "--json", "--conversations=4", "--answers=2", "--answer-tokens=8"])
+        cli.run(["verify", str(root), "--json", "--conversations=6", "--answers=2", "--answer-tokens=8"])
     certificate: dict[str, Any] = json.loads(out.getvalue())
     return certificate
 
@@ -70,8 +70,8 @@ def test_adapter_merged_gguf_and_server_are_one_model(
     tied = config.get("tie_word_embeddings", family != "mistral")
     base = family_model(tmp_path / "base", family, tied=tied, **config)
     data = write_jsonl(tmp_path / "chats.jsonl", make_conversations())
-    settings = TuneConfig(model=str(base), data=str(data), max_steps=6, learning_rate=5e-3, dtype="float32", **method)
-    run = loop.tune(settings, out=tmp_path / "run")
+    learned: dict[str, Any] = {"max_steps": 12, "learning_rate": 1e-2, "lora_alpha": 32, "dtype": "float32"}
+    run = loop.tune(TuneConfig(model=str(base), data=str(data), **learned, **method), out=tmp_path / "run")
     assert cli.run(["export", str(run.root), "--quant", "f16", "--no-verify", "--strength", "1"]) == 0
     certificate = verified(run.root)
     found = {(check["name"], check["artefact"]): check for check in certificate["checks"]}
