@@ -6,6 +6,7 @@ is `grounding`'s, how files become conversations is `data.load`'s.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -144,3 +145,17 @@ class AnswerOptions:
             # llama-server takes 0 for its own default, so that the most probable one is always told, and dropped if need be.
             fields |= {"logprobs": True, "top_logprobs": max(1, self.top_logprobs)}
         return fields
+
+
+HALF_CHARACTERS = "a text ends or begins in the middle of a character (half of a surrogate pair); send whole characters"
+
+
+def has_half_characters(value: Any) -> bool:
+    r"""Say whether a JSON value has a surrogate alone, such as `"\ud83d"`, which no UTF-8 can hold (RFC 8259, 8.2)."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except RecursionError:
+        return False  # it is refused for its depth
+    return False

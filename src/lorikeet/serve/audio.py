@@ -23,12 +23,13 @@ from starlette.exceptions import HTTPException
 from lorikeet.errors import InputError, LorikeetError
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, error_body
 from lorikeet.serve.models import UnknownModelError
+from lorikeet.serve.openapi import TEXT
 from lorikeet.serve.stream import ClosingResponse, kind_of, pull, server_sent_event, status_of
 from lorikeet.serve.wire import SpeechRequest
 from lorikeet.speech import Ears, Samples, Segment, TimedTranscript, Voice, Word
 from lorikeet.speech.audio import decode
 from lorikeet.speech.clauses import split_clauses
-from lorikeet.speech.encode import change_speed, encode, media_type
+from lorikeet.speech.encode import FORMATS, change_speed, encode, media_type
 from lorikeet.speech.sayable import sayable
 from lorikeet.speech.subtitles import write_srt, write_vtt
 
@@ -118,10 +119,25 @@ def word_fields(word: Word) -> dict[str, Any]:
     return {"word": word.text, "start": word.start_s, "end": word.end_s}
 
 
+_MEDIA_TYPES = sorted({*map(media_type, FORMATS), "text/event-stream"})
+SPEECH: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The sound, or with `stream_format` sse its events.",
+        "content": {name: {} for name in _MEDIA_TYPES},
+    }
+}
+HEARD: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "What was heard, in the format that is asked for.",
+        "content": dict.fromkeys(("text/plain", "application/x-subrip", "text/vtt"), TEXT),
+    }
+}
+
+
 def add_audio_routes(app: FastAPI, ears: Ears | None, voice: Voice | None) -> None:
     """Add the two routes to `app`; without `ears` or `voice` theirs answers 400."""
 
-    @app.post("/v1/audio/transcriptions")
+    @app.post("/v1/audio/transcriptions", responses=HEARD)
     def transcribe(request: Annotated[TranscriptionRequest, Form()]) -> Response:
         if ears is None:
             raise InputError("this server does not hear: it was started with --ears off")
@@ -149,7 +165,7 @@ def add_audio_routes(app: FastAPI, ears: Ears | None, voice: Voice | None) -> No
 
     limiter = anyio.CapacityLimiter(SPEAKING_THREADS)
 
-    @app.post("/v1/audio/speech")
+    @app.post("/v1/audio/speech", responses=SPEECH)
     async def speak(body: SpeechRequest) -> Response:
         if voice is None:
             raise InputError("this server does not speak: it was started with --voice off")

@@ -15,10 +15,11 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from lorikeet.serve.memory import MAX_CORRECTION_CHARACTERS, Memory
+from lorikeet.serve.wire_options import Body
 
 MAX_ID_CHARACTERS = 100
 MAX_COMMENT_CHARACTERS = 4000
@@ -26,10 +27,10 @@ MAX_COMMENT_CHARACTERS = 4000
 OFF = "this server keeps no conversations: it was started without --memory"
 
 
-class Feedback(BaseModel):
+class Feedback(Body):
     """The body of `/v1/feedback`: what is named is set, null takes it back, what is left out stays."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
     id: str = Field(min_length=1, max_length=MAX_ID_CHARACTERS)
     rating: Literal["up", "down"] | None = None
     correction: Annotated[str, Field(max_length=MAX_CORRECTION_CHARACTERS)] | None = None

@@ -237,6 +237,8 @@ def _with_headers(send: Send) -> Send:
             headers = MutableHeaders(scope=message)
             for name, value in SECURITY_HEADERS.items():
                 headers[name] = value
+            if message["status"] == 413:
+                headers["Connection"] = "close"  # or the server would go on reading what it has refused
         await send(message)
 
     return send_with_headers
@@ -253,7 +255,7 @@ def _too_many(error: TooManyError) -> Response:
 
 def _too_large(limit: int) -> Response:
     body = error_body(_too_large_text(limit), code="too_large")
-    return JSONResponse(body, status_code=413, headers={"Connection": "close"})
+    return JSONResponse(body, status_code=413)
 
 
 def _too_large_text(limit: int) -> str:

@@ -184,6 +184,9 @@ class Health(_Exact):
     reason: str = ""
 
 
+TEXT: dict[str, Any] = {"schema": {"type": "string"}}
+"""A body that is no JSON."""
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is at fault: `param` names the field, where it is one."},
     "5XX": {
@@ -195,7 +198,7 @@ CHAT: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatCompletion,
         "description": "The answer; with `stream` its chunks as server-sent events, the last one `[DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": TEXT},
     }
 }
 HEALTH: dict[int | str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from pydantic import (
 from lorikeet.messages import Message, Source, TokenLogprob, ToolCall, Usage
 from lorikeet.serve.assistant import Calling, Done, Event, Found, SearchFailed, Searching, Text
 from lorikeet.serve.note import Note
-from lorikeet.serve.wire_options import MAX_TOOLS, CalledTool, OptionFields, Strict
+from lorikeet.serve.wire_options import MAX_TOOLS, Body, CalledTool, OptionFields, Strict
 from lorikeet.speech.encode import FASTEST, FORMATS, SLOWEST
 
 MAX_MESSAGES = 1024
@@ -202,7 +202,7 @@ class ChatRequest(OptionFields):
         return None if self.seed is None else self.seed % _SEEDS
 
 
-class SpeechRequest(Strict):
+class SpeechRequest(Body):
     """The body of `/v1/audio/speech`."""
 
     input: str = Field(min_length=1, max_length=MAX_SPEECH_CHARACTERS)

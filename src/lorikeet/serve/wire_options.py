@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from lorikeet.messages import AnswerOptions, ToolCall
+from lorikeet.messages import HALF_CHARACTERS, AnswerOptions, ToolCall, has_half_characters
 
 MAX_TOOLS = 128
 MAX_BIASES = 1024
@@ -154,7 +154,18 @@ class ResponseFormat(Strict):
         return {"type": self.type, "json_schema": {name: value for name, value in given.items() if value is not None}}
 
 
-class OptionFields(Strict):
+class Body(Strict):
+    """A request as a whole."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_whole_text(cls, body: Any) -> Any:
+        if has_half_characters(body):
+            raise ValueError(HALF_CHARACTERS)
+        return body
+
+
+class OptionFields(Body):
     """The fields of a request that become `AnswerOptions`."""
 
     frequency_penalty: float | None = Field(None, ge=-2, le=2)

@@ -111,6 +111,8 @@ def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ear
 
     say = _sayer(voice, clips) if voice else None
     page = build_page(assistant, model_name=model_name, ears=ears, say=say)
+    # Gradio asks only of a page that was launched whether a file that is named was uploaded; a mounted one would read any.
+    page.has_launched = True
     gr.mount_gradio_app(
         app,
         page,

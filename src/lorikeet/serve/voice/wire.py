@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lorikeet.errors import InputError
-from lorikeet.messages import Usage
+from lorikeet.messages import HALF_CHARACTERS, Usage, has_half_characters
 from lorikeet.serve.note import new_id
 
 RATE_HZ = 24_000
@@ -245,6 +245,8 @@ def read_event(text: str) -> ClientEvent:
         raise EventError("the event is no JSON", code="invalid_json") from error
     if not isinstance(body, dict):
         raise EventError("an event is a JSON object with a type", code="invalid_json")
+    if has_half_characters(body):
+        raise EventError(HALF_CHARACTERS, code="invalid_json")
     kind = body.get("type")
     if kind not in EVENT_TYPES:
         shown = json.dumps(kind)[:60] if kind is not None else "no type"
