@@ -160,7 +160,7 @@ class Body(Strict):
     @model_validator(mode="before")
     @classmethod
     def _is_whole_text(cls, body: Any) -> Any:
-        if has_half_characters(body):
+        if isinstance(body, dict) and has_half_characters(body):
             raise ValueError(HALF_CHARACTERS)
         return body
 
