@@ -10,7 +10,6 @@ whatever a user chose (names, prompts) is defused before it becomes Markdown.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -112,8 +111,8 @@ def _facts(run: RunFolder, manifest: dict[str, Any], repo: str) -> dict[str, Any
     """Return everything that the template shows."""
     artefacts = {name: entry for name, entry in manifest["artefacts"].items() if entry.get("complete")}
     quants = [name.removeprefix("gguf/model-").removesuffix(".gguf") for name in artefacts if name.startswith("gguf/")]
-    proof = _current(run, manifest, "proof")
-    parity = _current(run, manifest, "parity")
+    proof = run.report("proof")
+    parity = run.report("parity")
     base = public_base(manifest["base"])
     data = _data(manifest["data"])
     return {
@@ -136,25 +135,6 @@ def _facts(run: RunFolder, manifest: dict[str, Any], repo: str) -> dict[str, Any
         "parameters": _parameters(run, quants),
         "modelfile": manifest.get("modelfile", {}),
     }
-
-
-def _current(run: RunFolder, manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Return `reports/NAME.json` if it is about the files that are here now, else None."""
-    try:
-        report = json.loads((run.reports / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(report, dict) or not isinstance(report.get("checks"), list):
-        return None
-    return report if _about_these_files(report, manifest) else None
-
-
-def _about_these_files(report: dict[str, Any], manifest: dict[str, Any]) -> bool:
-    """Return whether a proof's tuned file, or every artefact of a certificate, has the hash that is in the manifest."""
-    files = report.get("files", {})
-    named = {files["tuned"]: files["tuned_sha256"]} if "tuned" in files else report.get("artefacts", {})
-    recorded = {name: manifest["artefacts"].get(name, {}).get("sha256") for name in named}
-    return bool(named) and recorded == named
 
 
 def public_base(base: dict[str, str]) -> dict[str, str]:

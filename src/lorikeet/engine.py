@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -246,11 +246,13 @@ class LlamaEngine(HttpEngine):
 
         `context_tokens` is for each of the `slots` (conversations answered at once). `scoring` starts it for `hidden`,
         with the whole context in one batch. With `sha256` only the file of that hash is loaded. With `restart` a child
-        that ends is started again, after a pause that grows; until then every request is an EngineDownError. Raises
+        that ends is started again on the same bytes, after a pause that grows; until then every request is an
+        EngineDownError. Raises
         InputError for a file that is no whole GGUF or not that one, EngineError if the child fails.
         """
         self.path = gguf
-        self._sha256 = sha256
+        self.sha256 = sha256
+        """Of the file, where it was given or can be needed again, which is with `restart`; else ''."""
         self._settings = {
             "gguf": str(gguf),
             "context_tokens": context_tokens * slots,
@@ -262,6 +264,8 @@ class LlamaEngine(HttpEngine):
         self._down = ""
         """Why there is no child now."""
         specials = self._check().special_tokens()
+        if restart and not sha256:
+            self.sha256 = sha256_file(gguf)
         key = secrets.token_hex(32)
         self._process, self._log, port = _start_child({**self._settings, "key": key}, gguf)
         super().__init__(f"http://127.0.0.1:{port}", name=name or gguf.stem, api_key=key, specials=specials)
@@ -292,8 +296,8 @@ class LlamaEngine(HttpEngine):
     def _check(self) -> Header:
         """Return the file's header. Raises InputError for one that is damaged, or is not the file that is meant."""
         header = read_header(self.path)
-        if self._sha256 and sha256_file(self.path) != self._sha256:
-            raise InputError(f"{self.path} was changed: it is not the file of sha256 {self._sha256}; export it again")
+        if self.sha256 and sha256_file(self.path) != self.sha256:
+            raise InputError(f"{self.path} was changed: it is not the file of sha256 {self.sha256}; export it again")
         return header
 
     def _supervise(self) -> None:
@@ -381,6 +385,67 @@ class LlamaEngine(HttpEngine):
             raise EngineDownError(self._failure(process)) from error
 
 
+class LateEngine:
+    """An engine that is started when it is first asked, and costs nothing until then."""
+
+    def __init__(self, start: Callable[[], Engine], *, name: str) -> None:
+        """Call `start` when the first answer is asked for, and again at the next if that failed."""
+        self.name = name
+        self._start = start
+        self._engine: Engine | None = None
+        self._closed = False
+        self._starting = threading.Lock()
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int = 512,
+        temperature: float = 0.3,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        options: AnswerOptions | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Yield the answer; see `Engine.stream`. Raises EngineDownError if the engine does not start."""
+        answer = self._started().stream(
+            messages,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            options=options,
+        )
+        yield from answer
+
+    def healthy(self) -> bool:
+        """Say whether the engine would answer, as far as is known before its start."""
+        return not self.problem()
+
+    def problem(self) -> str:
+        """Return the engine's problem; '' before its start."""
+        return self._engine.problem() if self._engine else ""
+
+    def close(self) -> None:
+        """End the engine, also one that is being started."""
+        with self._starting:
+            self._closed = True
+            if self._engine:
+                self._engine.close()
+
+    def _started(self) -> Engine:
+        with self._starting:
+            if self._closed:
+                raise EngineDownError(f"{self.name} is closed")
+            if self._engine is None:
+                try:
+                    self._engine = self._start()
+                except (LorikeetError, OSError) as error:
+                    raise EngineDownError(f"{self.name} could not be started: {error}") from error
+            return self._engine
+
+
 def _client(url: str, api_key: str) -> httpx.Client:
     # llama-server closes idle connections on its own, and httpx may hand one to a thread while another closes it:
     # no connection is used twice.
@@ -402,7 +467,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe:
-            pipe.close()
+            with suppress(BrokenPipeError):  # what was not yet written to a child that is gone
+                pipe.close()
 
 
 class _Log:
@@ -448,11 +514,12 @@ def _start_child(settings: dict[str, Any], gguf: Path) -> tuple[subprocess.Popen
     except BrokenPipeError:
         pass
     except BaseException:
-        process.kill()
+        _end(process)
         raise
     finally:
         timer.cancel()
     process.wait()
+    _end(process)
     raise EngineError(
         f"llama.cpp could not load {gguf} (exit code {process.returncode}): {log.last_lines() or 'no message'}; "
         "the file may be damaged or need more memory than there is"

@@ -243,6 +243,23 @@ class RunFolder:
                 raise InputError(f"{self.root / name} is not what its parity certificate is about; {again}")
         return certificate
 
+    def report(self, name: str) -> dict[str, Any] | None:
+        """Return `reports/NAME.json`, of `proof` or `parity`, if it is about the files that are here now, else None.
+
+        A proof's tuned file, or every artefact of a certificate, must have the hash that is in the manifest.
+        """
+        try:
+            report = json.loads((self.reports / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(report, dict) or not isinstance(report.get("checks"), list):
+            return None
+        files = report.get("files", {})
+        named = {files["tuned"]: files["tuned_sha256"]} if "tuned" in files else report.get("artefacts", {})
+        artefacts = self.manifest()["artefacts"]
+        recorded = {artefact: artefacts.get(artefact, {}).get("sha256") for artefact in named}
+        return report if named and recorded == named else None
+
     def certifiable(self) -> list[str]:
         """Return the artefacts that a parity certificate is about: those of adapter, merged and GGUF files that are here."""
         names = [

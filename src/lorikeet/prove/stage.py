@@ -21,7 +21,7 @@ from lorikeet.config import ProveConfig
 from lorikeet.data.instructions import load_prompts
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
-from lorikeet.files import write_atomic
+from lorikeet.files import sha256_file, write_atomic
 from lorikeet.prompt import PromptFormat
 from lorikeet.prove.base import measure_base
 from lorikeet.prove.grounding import load_probes
@@ -46,6 +46,7 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     run.verify(name)
     manifest = run.manifest()
     base_gguf = _base_gguf(run, manifest, config)
+    base_sha256 = sha256_file(base_gguf)
     plan = _plan(run, manifest, config)
     kept = {who: run.reports / f"ifeval-{who}.jsonl" if config.ifeval else None for who in ("base", "tuned")}
     seconds: dict[str, Any] = {}
@@ -64,7 +65,12 @@ def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     proof["reasons"] = reasons(proof)
     proof["base_measured"] = base.created
     proof["seconds"] = {"base": base.measured.seconds, "tuned": tuned.seconds, **seconds}
-    proof["files"] = {"tuned": name, "tuned_sha256": manifest["artefacts"][name]["sha256"], "base": manifest["base"]}
+    proof["files"] = {
+        "tuned": name,
+        "tuned_sha256": manifest["artefacts"][name]["sha256"],
+        "base": manifest["base"],
+        "base_sha256": base_sha256,
+    }
     write_atomic(run.reports / "proof.json", json.dumps(proof, indent=2) + "\n")
     write_html(proof, manifest, run)
     run.update(proof={"verdict": proof["verdict"], "quant": config.quant})

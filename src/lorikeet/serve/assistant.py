@@ -10,6 +10,7 @@ It knows no HTTP, no page and no audio: those turn its events into what their us
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -150,6 +151,15 @@ class Assistant:
         self._origin = origin or Origin(name=engine.name)
         self.queue = queue or Queue(slots=self._config.slots, places=self._config.queue)
 
+    def beside(self, engine: Engine, *, origin: Origin) -> Assistant:
+        """Return one that answers with `engine`, a model of the same size and tokens, under the same settings.
+
+        It stands in the same line, searches and keeps in the same way, and shares no conversation.
+        """
+        other = copy.copy(self)
+        other._engine, other._origin = engine, origin
+        return other
+
     @property
     def can_search(self) -> bool:
         """Whether there is a search service to ask."""
@@ -192,6 +202,10 @@ class Assistant:
             self._search_tokens = budget_tokens(self._tokens_per_s, wait_ms=wait_ms, context_tokens=context_tokens)
         for _ in self.respond([Message("user", "Hello.")], search="off", max_tokens=1):
             pass
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
 
     def problem(self) -> str:
         """Return why the engine would not answer now, in words for the user; '' if it would."""
@@ -273,11 +287,13 @@ class Assistant:
         if messages[-1].role == "tool":
             search = "off"  # the function's result is what the answer is to rest on
         limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
-        with self.queue.join(urgent=urgent) as ticket:
+        with self.queue.join(urgent=urgent, ready=False) as ticket:
             conversation = Conversation(tuple(messages)).with_system(self._system_prompt)
+            # A search takes seconds and nothing of the engine: meanwhile others are let in.
             lines = yield from self._search(conversation.messages, search, limit)
             question = replace(messages[-1], content=put_before(messages[-1].content, lines))
             conversation = Conversation((*conversation.messages[:-1], question))
+            ticket.ready()
             while not ticket.wait(LOOK_UP_S):
                 yield Waiting(ticket.position)
             prompt = self._fit(conversation.messages, limit, tools=options.tools)

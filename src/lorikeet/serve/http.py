@@ -69,7 +69,7 @@ def create_app(
     metrics.watch(models.default.assistant.queue)
     _add_metrics(app, metrics)
     add_memory_routes(app, models.default.assistant.memory, metrics.registry)
-    _add_realtime(app, models.default, ears=ears, voice=voice, metrics=metrics)
+    _add_realtime(app, models, ears=ears, voice=voice, metrics=metrics)
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     def unknown(path: str, request: Request) -> None:
@@ -87,10 +87,10 @@ def _add_models(app: FastAPI, served: Models) -> None:
 
     @app.get("/health", responses=HEALTH)
     def health() -> Response:
-        problems = [f"{model.name}: {problem}" for model in served if (problem := model.assistant.problem())]
-        if not problems:
+        problem = served.default.assistant.problem()  # another's is that of who asks for it
+        if not problem:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "reason": "; ".join(problems)}, status_code=503)
+        return JSONResponse({"status": "failed", "reason": f"{served.default.name}: {problem}"}, status_code=503)
 
     @app.get("/v1/models", response_model=ModelList)
     def models() -> dict[str, Any]:
@@ -151,12 +151,15 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
-def _add_realtime(app: FastAPI, model: Served, *, ears: Ears | None, voice: Voice | None, metrics: Metrics) -> None:
+def _add_realtime(app: FastAPI, models: Models, *, ears: Ears | None, voice: Voice | None, metrics: Metrics) -> None:
     vad = load_vad() if ears else None
-    parts = Parts(
-        assistant=model.assistant, ears=ears, voice=voice, vad=vad, model_name=model.name, on_turn=metrics.note_turn
-    )
-    app.add_api_websocket_route("/v1/realtime", Door(parts).enter)
+    parts = [
+        Parts(
+            assistant=model.assistant, ears=ears, voice=voice, vad=vad, model_name=model.name, on_turn=metrics.note_turn
+        )
+        for model in models
+    ]
+    app.add_api_websocket_route("/v1/realtime", Door(*parts).enter)
 
 
 async def _first(events: Events, request: Request) -> Event | None:

@@ -16,20 +16,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorikeet.card import public_name
 from lorikeet.config import ServeConfig
-from lorikeet.engine import HttpEngine, LlamaEngine
+from lorikeet.engine import HttpEngine, LateEngine, LlamaEngine
 from lorikeet.errors import InputError
+from lorikeet.files import sha256_file
 from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
+from lorikeet.run import RunFolder
 from lorikeet.serve.memory import Memory, identify
+from lorikeet.serve.note import Origin
 from lorikeet.serve.server import Listener, run_server
+from lorikeet.weights import base_gguf_path
 
 if TYPE_CHECKING:
     from lorikeet.serve.assistant import Assistant
-    from lorikeet.serve.note import Origin
+    from lorikeet.serve.models import Served
     from lorikeet.speech import Ears, Voice
 
 T = TypeVar("T")
@@ -73,16 +79,19 @@ def serve(target: Path | str, config: ServeConfig, *, system_prompt: str, model_
             origin=origin,
         )
         _step("first words", lambda: _warm(assistant, ears, voice))
+        models = _models(target, origin, assistant, config)
+        for model in models[1:]:
+            stack.callback(model.assistant.close)
         if provider:
             _say(f"search: {provider.name}; {assistant.search_note}")
 
         def build() -> Any:
             from lorikeet.serve.http import create_app
             from lorikeet.serve.limits import Limits
-            from lorikeet.serve.models import Models, Served
+            from lorikeet.serve.models import Models
 
             return create_app(
-                Models(Served.of(origin, assistant)),
+                Models(*models),
                 ears=ears,
                 voice=voice,
                 api_key=config.api_key,
@@ -140,19 +149,52 @@ def _allowed_hosts(config: ServeConfig) -> tuple[str, ...] | None:
 
 def _open(target: Path | str, config: ServeConfig, model_name: str) -> tuple[HttpEngine, Origin]:
     """Return the engine of a target, and what is known of the model in it."""
-    origin = identify(target, model_name)
+    origin = identify(target, model_name, hashes=False)  # the engine takes the hash, once
     if isinstance(target, str):
         return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", "")), origin
-    slots = config.slots + 1  # one is kept for who speaks
-    engine = LlamaEngine(
-        target,
-        name=model_name,
+    engine = _start(target, origin, config)
+    return engine, replace(origin, gguf_sha256=engine.sha256)
+
+
+def _start(gguf: Path, origin: Origin, config: ServeConfig) -> LlamaEngine:
+    return LlamaEngine(
+        gguf,
+        name=origin.name,
         context_tokens=config.context_tokens,
-        slots=slots,
+        slots=config.slots + 1,  # one is kept for who speaks
         sha256=origin.gguf_sha256,
         restart=True,
     )
-    return engine, origin
+
+
+def _models(target: Path | str, origin: Origin, assistant: Assistant, config: ServeConfig) -> list[Served]:
+    """Return the target's model and, where a run's proof compared both, its base; say why there is no base.
+
+    The base's engine starts when it is first asked.
+    """
+    from lorikeet.serve.models import Served
+
+    if isinstance(target, str) or not origin.adapter_sha256:
+        return [Served.of(origin, assistant)]
+    run = RunFolder.open(target.resolve().parent.parent)
+    files = (run.report("proof") or {}).get("files", {})
+    again = f"lorikeet prove {run.root} --quant {origin.quant}"
+    if files.get("tuned") != f"gguf/{target.name}":
+        _say(f"only the tuned model is served: no proof is about {target.name}; to serve its base too: {again}")
+        return [Served.of(origin, assistant)]
+    tuned = Served.of(origin, assistant, proved=True)
+    gguf = base_gguf_path(run.manifest(), origin.quant)
+    if not gguf.is_file() or sha256_file(gguf) != files.get("base_sha256"):
+        export = f"lorikeet export {run.root} --quant {origin.quant}"
+        _say(f"only the tuned model is served: the base that was proved is not in the cache; {export}, then {again}")
+        return [tuned]
+    name = public_name(run.manifest()["base"]["id"])
+    beside = Origin(
+        name=name if name != origin.name else f"{name}-base", quant=origin.quant, gguf_sha256=files["base_sha256"]
+    )
+    engine = LateEngine(lambda: _start(gguf, beside, config), name=beside.name)
+    _say(f"beside it: {beside.name}, the base that it was proved against, loaded when it is first asked")
+    return [tuned, Served.of(beside, assistant.beside(engine, origin=beside), proved=True)]
 
 
 def _ears(name: str) -> Ears:

@@ -137,10 +137,11 @@ class Memory:
             _log.warning("memory: %s", line)
 
 
-def identify(target: Path | str, name: str) -> Origin:
+def identify(target: Path | str, name: str, *, hashes: bool = True) -> Origin:
     """Return what is known of a served target: a GGUF file of a run, another GGUF file, or a server's URL.
 
-    A run's manifest knows the file's hash and the adapter in it; another file is hashed, at about a second a gigabyte.
+    A run's manifest knows the file's hash and the adapter in it; another file is hashed, at about a second a gigabyte,
+    unless `hashes` is False.
     """
     if isinstance(target, str):
         return Origin(name=name)
@@ -148,7 +149,7 @@ def identify(target: Path | str, name: str) -> Origin:
     return Origin(
         name=name,
         quant=target.stem.removeprefix("model-") if entry else "",
-        gguf_sha256=entry.get("sha256", {}).get(target.name) or sha256_file(target),
+        gguf_sha256=entry.get("sha256", {}).get(target.name) or (sha256_file(target) if hashes else ""),
         adapter_sha256=entry.get("adapter_sha256", ""),
     )
 

@@ -44,15 +44,20 @@ class Served:
     """Whether the run's proof is about exactly this file."""
 
     @classmethod
-    def of(cls, origin: Origin, assistant: Assistant) -> Self:
-        """Return the model that `assistant` answers with, and what is known of it; kept turns say the same."""
+    def of(cls, origin: Origin, assistant: Assistant, *, proved: bool = False) -> Self:
+        """Return the model that `assistant` answers with, and what is known of it; kept turns say the same.
+
+        `proved` says that a run's proof is about its file; without an adapter in it that is the base.
+        """
+        without = "base" if proved else "file" if origin.gguf_sha256 else "remote"
         return cls(
             name=origin.name,
             assistant=assistant,
-            kind="tuned" if origin.adapter_sha256 else "file" if origin.gguf_sha256 else "remote",
+            kind="tuned" if origin.adapter_sha256 else without,  # type: ignore[arg-type]
             quant=origin.quant,
             sha256=origin.gguf_sha256,
             adapter_sha256=origin.adapter_sha256,
+            proved=proved,
         )
 
 

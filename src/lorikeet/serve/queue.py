@@ -1,7 +1,7 @@
 """The line before the engine: how many are answered at once, who is next, and when to say no.
 
     queue = Queue(slots=4, places=32)
-    with queue.join() as ticket:          # BusyError, at once, if the line is full
+    with queue.join() as ticket:          # BusyError, at once, if the line is full; `ready=False` lets others go first
         while not ticket.wait(0.25):
             ...                           # still in line, at ticket.position
         ...                               # answered now; leaving the block makes room
@@ -38,9 +38,11 @@ class BusyError(MachineError):
 class Ticket:
     """A place in the line, then in a slot; leaving gives up either."""
 
-    def __init__(self, queue: Queue, *, urgent: bool) -> None:
+    def __init__(self, queue: Queue, *, urgent: bool, is_ready: bool) -> None:
         """Stand in `queue`; `Queue.join` makes tickets."""
         self.urgent = urgent
+        self.is_ready = is_ready
+        """Whether it can be let in; what still searches keeps its place, and lets others go first."""
         self.joined_s = time.monotonic()
         self.admitted_s: float | None = None
         self._queue = queue
@@ -62,6 +64,10 @@ class Ticket:
     def wait(self, timeout_s: float) -> bool:
         """Wait for its turn, so long at most, and say whether it has come."""
         return self._turn.wait(timeout_s)
+
+    def ready(self) -> None:
+        """Let it be let in from now on."""
+        self._queue.ready(self)
 
     def admit(self) -> None:
         """Let it in; the queue calls this."""
@@ -98,12 +104,15 @@ class Queue:
         """How many are being answered."""
         return len(self._inside)
 
-    def join(self, *, urgent: bool = False) -> Ticket:
-        """Return a place, at the end of those as urgent. Raises BusyError if no text may wait any more."""
-        ticket = Ticket(self, urgent=urgent)
+    def join(self, *, urgent: bool = False, ready: bool = True) -> Ticket:
+        """Return a place, at the end of those as urgent. Raises BusyError if no text may wait any more.
+
+        One that is not `ready` has a place and takes no slot until `Ticket.ready`.
+        """
+        ticket = Ticket(self, urgent=urgent, is_ready=ready)
         with self._lock:
             texts = sum(not waiting.urgent for waiting in self._line)
-            if not urgent and texts >= self.places and (self._line or not self._has_room(ticket)):
+            if not urgent and texts >= self.places and len(self._inside) + len(self._line) >= self.slots:
                 self.refused += 1
                 raise BusyError(texts, retry_after_s=self._retry_after_s())
             place = len(self._line) - texts if urgent else len(self._line)
@@ -111,6 +120,13 @@ class Queue:
             admitted = self._admit()
         self._tell(admitted)
         return ticket
+
+    def ready(self, ticket: Ticket) -> None:
+        """Let a ticket be let in from now on."""
+        with self._lock:
+            ticket.is_ready = True
+            admitted = self._admit()
+        self._tell(admitted)
 
     def remove(self, ticket: Ticket) -> None:
         """Take a ticket out of the line or its slot."""
@@ -133,10 +149,12 @@ class Queue:
         return len(self._inside) < self.slots + ticket.urgent
 
     def _admit(self) -> list[Ticket]:
-        """Let in as many as there is room for, and return them. The urgent stand first, so the head decides for all."""
+        """Let in as many as there is room for, and return them. The urgent stand first, so the first decides for all."""
         admitted = []
-        while self._line and self._has_room(self._line[0]):
-            ticket = self._line.pop(0)
+        for ticket in [ticket for ticket in self._line if ticket.is_ready]:
+            if not self._has_room(ticket):
+                break
+            self._line.remove(ticket)
             self._inside.add(ticket)
             ticket.admit()
             admitted.append(ticket)

@@ -39,23 +39,25 @@ GOING_AWAY, POLICY, TRY_AGAIN_LATER = 1001, 1008, 1013
 class Door:
     """Lets clients in, one session each."""
 
-    def __init__(self, parts: Parts) -> None:
-        """Make every session with `parts`."""
-        self._parts = parts
+    def __init__(self, *parts: Parts) -> None:
+        """Make sessions with the parts of the model that a client asks for; the first are those of the default."""
+        self._parts = {each.model_name: each for each in parts}
+        self._default = parts[0]
         self._open = 0
 
     async def enter(self, socket: WebSocket) -> None:
         """Serve one client until it leaves, or its time is over."""
         offered = socket.scope.get("subprotocols") or []
         await socket.accept(subprotocol="realtime" if "realtime" in offered else None)
-        refusal = self._refusal(socket.query_params.get("model", "default"))
+        model = socket.query_params.get("model", "default")
+        refusal = self._refusal(model)
         if refusal is not None:
             await socket.send_text(json.dumps(refusal))
             await socket.close(TRY_AGAIN_LATER if refusal["error"]["code"] == "session_limit" else POLICY)
             return
         self._open += 1
         try:
-            await self._serve(socket)
+            await self._serve(socket, self._parts.get(model, self._default))
         finally:
             self._open -= 1
 
@@ -63,12 +65,13 @@ class Door:
         if self._open >= MAX_SESSIONS:
             words = f"{MAX_SESSIONS} voice sessions are open, the most this server takes; try again later"
             return error_event(words, kind="server_error", code="session_limit")
-        if model not in (*MODELS, self._parts.model_name):
-            words = f"model: {model[:100]!r} is not served here; ask for {self._parts.model_name!r} or 'default'"
+        if model not in (*MODELS, *self._parts):
+            served = ", ".join(repr(name) for name in self._parts)
+            words = f"model: {model[:100]!r} is not served here; ask for {served} or 'default'"
             return error_event(words, code="model_not_found", param="model")
         return None
 
-    async def _serve(self, socket: WebSocket) -> None:
+    async def _serve(self, socket: WebSocket, parts: Parts) -> None:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -77,7 +80,7 @@ class Door:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(waiting.put_nowait, event)
 
-        session = Session(self._parts, send=send)
+        session = Session(parts, send=send)
         writer = asyncio.create_task(_write(socket, waiting))
         reader = asyncio.create_task(_read(socket, session, send))
         try:
