@@ -1,10 +1,13 @@
-"""What the benchmarks share: tables for the README, and results with hardware and commit beside them."""
+"""What the benchmarks share: the real server, tables for the README, and results with hardware and commit beside them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,31 @@ from lorikeet.run import environment
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 """Optional data, read in place."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server under way."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def served(target: str, *flags: str) -> Iterator[Server]:
+    """Start the server as a user would, without search, and end it with the block."""
+    command = [sys.executable, "-u", "-c", "from lorikeet.cli import main; main()", "serve", target]
+    command += ["--port", "0", "--search", "off", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        try:
+            for line in process.stderr:
+                if line.startswith("ready: "):
+                    yield Server(line.split()[1], process.pid)
+                    return
+            sys.exit("the server did not start")
+        finally:
+            process.terminate()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
-from report import SHARED, stamp, table
+from report import SHARED, served, stamp, table
 
 from lorikeet.speech import HEARING_HZ, Samples
 from lorikeet.speech.audio import decode, encode_pcm16, level_db, resample
@@ -133,23 +130,6 @@ async def _listen(connection: Any, turn: Turn, *, end_s: float) -> None:
             turn.early_starts += 1
 
 
-@contextmanager
-def served(target: str) -> Iterator[str]:
-    """Start the server as a user would and give its URL."""
-    command = [sys.executable, "-u", "-c", "from lorikeet.cli import main; main()", "serve", target]
-    command += ["--port", "0", "--search", "off"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        try:
-            for line in process.stderr:
-                if line.startswith("ready: "):
-                    yield line.split()[1]
-                    return
-            sys.exit("the server did not start")
-        finally:
-            process.terminate()
-
-
 def summary(values: list[float]) -> dict[str, float]:
     """Return the median and the 95th percentile."""
     return {"p50_ms": round(float(np.percentile(values, 50)), 1), "p95_ms": round(float(np.percentile(values, 95)), 1)}
@@ -190,8 +170,8 @@ def main() -> None:
     if options.url:
         turns = measure(options.url)
     else:
-        with served(options.target) as url:
-            turns = measure(url)
+        with served(options.target) as server:
+            turns = measure(server.url)
     show(turns)
     whole = [turn.voice_to_voice_ms for turn in turns if turn.voice_to_voice_ms is not None]
     if not whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -14,11 +15,16 @@ import httpx
 import pytest
 
 from lorikeet.config import ServeConfig
-from lorikeet.engine import LlamaEngine
-from lorikeet.errors import InputError
+from lorikeet.engine import LateEngine, LlamaEngine, _start_child
+from lorikeet.errors import EngineError, InputError
+from lorikeet.files import sha256_file
+from lorikeet.run import RunFolder
+from lorikeet.serve import launch
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
+from lorikeet.serve.memory import identify
 from lorikeet.serve.models import Models, Served, UnknownModelError
+from lorikeet.serve.note import Origin
 from lorikeet.serve.queue import BusyError, Queue
 from lorikeet.weights import packaged_gguf
 from tests.serve.fakes import ScriptedEngine, served, serving
@@ -122,6 +128,106 @@ def test_models_are_chosen_by_name_and_share_one_line() -> None:
         models.choose("mine-base ")
     with pytest.raises(InputError, match="a name of its own"):
         Models(models.default, models.default)
+
+
+def run_with_proof(root: Path, base: Path) -> Path:
+    """Return the GGUF of a run whose manifest and proof are about its file and about `base`."""
+    run = RunFolder.create(root, config={})
+    gguf = root / "gguf" / "model-q8_0.gguf"
+    gguf.parent.mkdir(parents=True)
+    gguf.write_bytes(b"tuned")
+    run.update(base={"id": "folder/small-one", "sha256": "1" * 64}, template={"sha256": "2" * 64})
+    run.record("gguf/model-q8_0.gguf", gguf, adapter_sha256="3" * 64)
+    run.reports.mkdir(exist_ok=True)
+    hashes = run.manifest()["artefacts"]["gguf/model-q8_0.gguf"]["sha256"]
+    files = {"tuned": "gguf/model-q8_0.gguf", "tuned_sha256": hashes, "base_sha256": sha256_file(base)}
+    (run.reports / "proof.json").write_text(json.dumps({"checks": [], "files": files}))
+    return gguf
+
+
+@pytest.mark.parametrize(
+    ("fault", "served_models", "said"),
+    [
+        ("", [("mine", "tuned", True), ("small-one", "base", True)], "beside it: small-one"),
+        ("proof", [("mine", "tuned", False)], "no proof is about model-q8_0.gguf"),
+        ("tuned", [("mine", "tuned", False)], "no proof is about model-q8_0.gguf"),
+        ("base", [("mine", "tuned", True)], "the base that was proved is not in the cache"),
+        ("gone", [("mine", "tuned", True)], "the base that was proved is not in the cache"),
+    ],
+)
+def test_the_base_is_served_beside_the_tuned_model_where_both_were_proved(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, fault: str, served_models: Any, said: str
+) -> None:
+    base = tmp_path / "base-q8_0.gguf"
+    base.write_bytes(b"base")
+    gguf = run_with_proof(tmp_path / "mine", base)
+    monkeypatch.setattr(launch, "base_gguf_path", lambda *_: base)
+    if fault == "proof":
+        (tmp_path / "mine" / "reports" / "proof.json").unlink()
+    if fault == "tuned":
+        gguf.write_bytes(b"exported again")
+        run = RunFolder.open(tmp_path / "mine")
+        run.record("gguf/model-q8_0.gguf", gguf, adapter_sha256="3" * 64)
+    if fault == "base":
+        base.write_bytes(b"another base")
+    if fault == "gone":
+        base.unlink()
+    assistant = Assistant(ScriptedEngine())
+    models = launch._models(gguf, identify(gguf, "mine"), assistant, ServeConfig())
+    assert [(model.name, model.kind, model.proved) for model in models] == served_models
+    assert said in capsys.readouterr().err
+    assert all(model.assistant.queue is assistant.queue for model in models)
+
+
+def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> None:
+    started: list[ScriptedEngine] = []
+
+    def start() -> ScriptedEngine:
+        started.append(ScriptedEngine("base"))
+        if len(started) == 1:
+            raise InputError("base.gguf was changed")
+        return started[-1]
+
+    tuned = Assistant(ScriptedEngine("tuned"))
+    late = tuned.beside(LateEngine(start, name="base"), origin=Origin(name="base"))
+    models = Models(Served(name="tuned", assistant=tuned), Served(name="base", assistant=late))
+    with served(create_app(models, page=False)) as url:
+        assert ask(url).json()["choices"][0]["message"]["content"] == "tuned"
+        assert not started
+        refused = ask(url, model="base")
+        assert (refused.status_code, "was changed" in refused.text) == (503, True)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert ask(url, model="base").json()["choices"][0]["message"]["content"] == "base"
+        assert ask(url, model="base").status_code == 200
+        assert len(started) == 2
+        late.close()
+        assert ask(url, model="base").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_who_still_searches_keeps_a_place_and_no_slot() -> None:
+    queue = Queue(slots=1, places=1)
+    searching, quick = queue.join(ready=False), queue.join()
+    assert (searching.wait(0), quick.wait(0)) == (False, True)
+    with pytest.raises(BusyError):
+        queue.join()
+    searching.ready()
+    assert not searching.wait(0)
+    quick.leave()
+    assert searching.wait(0)
+
+
+def test_a_refused_file_leaves_no_pipe_open(tmp_path: Path) -> None:
+    refused = tmp_path / "no-tensors.gguf"
+    refused.write_bytes(b"GGUF")
+    open_files = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="could not load"):
+            _start_child(
+                {"gguf": str(refused), "context_tokens": 64, "slots": 1, "threads": 1, "scoring": False, "key": "k"},
+                refused,
+            )
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= open_files)
 
 
 def test_a_killed_child_is_said_and_started_again() -> None:

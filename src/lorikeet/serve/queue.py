@@ -112,7 +112,8 @@ class Queue:
         ticket = Ticket(self, urgent=urgent, is_ready=ready)
         with self._lock:
             texts = sum(not waiting.urgent for waiting in self._line)
-            if not urgent and texts >= self.places and len(self._inside) + len(self._line) >= self.slots:
+            free = max(0, self.slots - len(self._inside))  # with somebody in line only while they are not ready
+            if not urgent and texts - free >= self.places:
                 self.refused += 1
                 raise BusyError(texts, retry_after_s=self._retry_after_s())
             place = len(self._line) - texts if urgent else len(self._line)
