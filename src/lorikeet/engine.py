@@ -45,6 +45,9 @@ STEADY_S = 60.0
 """A child that ran for so long was well; the next pause is the first one again."""
 
 
+LATE_WAIT_S = 15.0
+"""How long a request waits for an engine that its like has only just asked for; it holds a slot for so long at most."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -389,12 +392,15 @@ class LateEngine:
     """An engine that is started when it is first asked, and costs nothing until then."""
 
     def __init__(self, start: Callable[[], Engine], *, name: str) -> None:
-        """Call `start` when the first answer is asked for, and again at the next if that failed."""
+        """Call `start`, in a thread, when the first answer is asked for; where that fails, again after a pause that grows."""
         self.name = name
         self._start = start
         self._engine: Engine | None = None
+        self._starter: threading.Thread | None = None
+        self._failure, self._pause_s, self._again_s = "", RESTART_FIRST_S, 0.0
+        """Why the last start failed, the pause after the next failure, and when it may be tried again."""
         self._closed = False
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
 
     def stream(
         self,
@@ -424,26 +430,51 @@ class LateEngine:
         return not self.problem()
 
     def problem(self) -> str:
-        """Return the engine's problem; '' before its start."""
-        return self._engine.problem() if self._engine else ""
+        """Return the engine's problem, or that of its last start; '' before the first."""
+        return self._engine.problem() if self._engine else self._failure
 
     def close(self) -> None:
-        """End the engine, also one that is being started."""
-        with self._starting:
+        """End the engine; one that is being started ends when it is."""
+        with self._lock:
             self._closed = True
-            if self._engine:
-                self._engine.close()
+            engine, starter = self._engine, self._starter
+        if starter:
+            starter.join(timeout=5)
+        if engine:
+            engine.close()
 
     def _started(self) -> Engine:
-        with self._starting:
+        """Return the engine. Raises EngineDownError where it is not there within LATE_WAIT_S."""
+        with self._lock:
             if self._closed:
                 raise EngineDownError(f"{self.name} is closed")
+            if self._engine is None and self._starter is None and time.monotonic() >= self._again_s:
+                self._starter = threading.Thread(target=self._begin, name=f"start of {self.name}", daemon=True)
+                self._starter.start()
+            starter = self._starter
+        if starter:
+            starter.join(timeout=LATE_WAIT_S)
+        with self._lock:
             if self._engine is None:
-                try:
-                    self._engine = self._start()
-                except (LorikeetError, OSError) as error:
-                    raise EngineDownError(f"{self.name} could not be started: {error}") from error
+                raise EngineDownError(self._failure or f"{self.name} is being loaded; ask again in a moment")
             return self._engine
+
+    def _begin(self) -> None:
+        try:
+            engine = self._start()
+        except (LorikeetError, OSError) as error:
+            with self._lock:
+                self._failure = f"{self.name} could not be started: {error}"
+                self._again_s = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, RESTART_MOST_S)
+                self._starter = None
+            return
+        with self._lock:
+            self._starter, self._failure = None, ""
+            if not self._closed:
+                self._engine = engine
+                return
+        engine.close()
 
 
 def _client(url: str, api_key: str) -> httpx.Client:

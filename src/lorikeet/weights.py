@@ -220,16 +220,18 @@ def base_name(base: dict[str, str]) -> str:
     return f"{base['id']}@{base['revision']}" if base.get("revision") else base["id"]
 
 
-def base_gguf_path(manifest: dict[str, Any], quant: str) -> Path:
+def base_gguf_path(manifest: dict[str, Any], quant: str, *, calibration_sha256: str | None = None) -> Path:
     """Return where the base of a run lies as GGUF: in the cache, by the hashes of its weights and of the template.
 
     Where the run's own file of this type was made with an importance matrix, the base's is too, and the hash of the
-    conversations that the matrix comes from is part of the place.
+    conversations that the matrix comes from is part of the place. Before the run's file is written, `calibration_sha256`
+    says what it will be made with, '' for no matrix.
     """
     key = f"{manifest['base']['sha256'][:16]}-{manifest['template']['sha256'][:16]}"
-    calibration = manifest["artefacts"].get(f"gguf/model-{quant}.gguf", {}).get("calibration_sha256")
-    if calibration:
-        key += f"-{calibration[:16]}"
+    if calibration_sha256 is None:
+        calibration_sha256 = manifest["artefacts"].get(f"gguf/model-{quant}.gguf", {}).get("calibration_sha256")
+    if calibration_sha256:
+        key += f"-{calibration_sha256[:16]}"
     return cache_folder() / "gguf" / key / f"base-{quant}.gguf"
 
 

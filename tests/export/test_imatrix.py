@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,7 +169,7 @@ def test_as_many_conversations_as_fit_the_time(
     )
     assert (found.conversations, found.tokens, machine.now_s) == (count, 3 * count, count)
     assert said[0].startswith(f"importance matrix: {count} of 40 conversations, 3 tokens/s, {count - 16} s left")
-    assert ("all of them need --budget-s 44" in said[0]) is (count < 40)
+    assert ("all of them would take 40 s" in said[0]) is (count < 40)
     assert told[-1] == (count, count)
 
 
@@ -185,6 +186,18 @@ def test_base_and_tuned_are_asked_as_many(tmp_path: Path, monkeypatch: pytest.Mo
     (run.root / "gguf" / "model-q4_0.gguf").unlink()
     stage.export(run.root, ExportConfig(quant=("q4_0",), strength="1", budget_s=40))
     assert Importance.load(run.root / "data" / "imatrix.gguf").conversations == 20
+
+
+def test_a_second_run_on_the_same_conversations_takes_as_many_as_the_base_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    first = tuned_run(tmp_path, "first")
+    second = RunFolder.open(Path(shutil.copytree(first.root, tmp_path / "again" / "second")))
+    for run, budget_s in ((first, 20), (second, 40)):
+        stage.export(run.root, ExportConfig(quant=("q4_0",), strength="1", budget_s=budget_s))
+        assert Importance.load(run.root / "data" / "imatrix.gguf").conversations == 20
+    assert base_gguf_path(first.manifest(), "q4_0") == base_gguf_path(second.manifest(), "q4_0")
 
 
 def test_inputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ def test_rates_leave_out_what_was_not_spoken(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lorikeet.speech.speak.load_voice", lambda name: voice)
     monkeypatch.setattr("lorikeet.speech.hear.load_ears", lambda name: Parrot(voice, lose="brown"))
     same = "Well, well, well. " * 9
-    heard = round_trip([same, "Seven brown dogs."], ["A brown dog.", ""], resamples=200)
-    assert heard["answers"] == 2 and heard["repeating"] == {"base": 1, "tuned": 0}
-    assert heard["base"]["value"] == pytest.approx(1 / 3)
+    heard = round_trip([same, "Seven brown dogs.", "A cat."], ["Brown, brown.", "A brown dog.", ""], resamples=200)
+    assert (heard["answers"], heard["compared"], heard["repeating"]) == (3, 2, {"base": 1, "tuned": 0})
+    assert heard["base"]["value"] == pytest.approx(1 / 5)
     assert heard["tuned"]["value"] == pytest.approx((1 + 1) / (3 + 1))  # an empty answer is a word that was not heard
-    assert round_trip([same], ["Fine."], resamples=9) == {"skipped": "every answer of the base model repeats itself"}
+    assert "repeats itself" in round_trip([same], ["Fine."], resamples=9)["skipped"]
 
 
 def test_no_pair_is_begun_after_the_time() -> None:

@@ -20,6 +20,8 @@ from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
 from lorikeet.serve.memory import Memory
+from lorikeet.serve.models import Models, Served
+from lorikeet.serve.note import Origin
 from lorikeet.serve.store import Store
 from lorikeet.serve.ui.page import keep_spoken
 from lorikeet.serve.ui.recall import correct, forget, rate
@@ -441,3 +443,42 @@ def test_a_memory_that_fails_is_said_in_words(memory: Memory) -> None:
     memory.close()
     assert "That was not kept: " in rate(memory, talk, place=1, rating="up")
     assert "The conversation is still kept: " in forget(memory, talk)
+
+
+def two_models(**parts: Any) -> Any:
+    """Return an application with a tuned model and its base, and their engines."""
+    tuned, base = ScriptedEngine("I was tuned."), ScriptedEngine("I am the base.")
+    assistant = Assistant(tuned)
+    beside = assistant.beside(base, origin=Origin(name="small-base"))
+    models = Models(Served(name="mine", assistant=assistant), Served(name="small-base", assistant=beside))
+    return create_app(models, **parts), tuned, base
+
+
+def test_the_model_that_answers_is_chosen_in_the_page(browser: Any) -> None:
+    app, tuned, base = two_models()
+    with served(app) as url, page_of(browser, url) as page:
+        assert page.inner_text("#model").split("\n") == ["Answered by", "mine", "small-base"]
+        ask(page, "Who are you?")
+        page.wait_for_selector("#chat .bot >> text=I was tuned.")
+        page.wait_for_selector("#question .submit-button")
+        page.click("#model >> text=small-base")
+        ask(page, "And you?")
+        page.wait_for_selector("#chat .bot >> text=I am the base.")
+        assert (len(tuned.asked), len(base.asked)) == (1, 1)
+        assert [m.content for m in base.asked[0]] == ["Who are you?", "I was tuned.", "And you?"]
+        shoot(page, "models-1280.png")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        shoot(page, "models-390.png")
+    with open_page(browser, ScriptedEngine()) as page:
+        assert not page.is_visible("#model")  # one model, no choice
+
+
+def test_the_open_microphone_speaks_with_the_model_that_is_chosen(browser: Any, ears: Ears, voice: Voice) -> None:
+    app, tuned, base = two_models(ears=ears, voice=voice)
+    with served(app) as url, page_of(browser, url) as page:
+        page.click("#model >> text=small-base")
+        page.click("#open-mic")
+        page.wait_for_selector("#chat .bot >> text=I am the base.")
+        assert (len(tuned.asked), len(base.asked) >= 1) == (0, True)

@@ -14,10 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from lorikeet import engine
 from lorikeet.config import ServeConfig
-from lorikeet.engine import LateEngine, LlamaEngine, _start_child
+from lorikeet.engine import RESTART_FIRST_S, EngineDownError, LateEngine, LlamaEngine, _start_child
 from lorikeet.errors import EngineError, InputError
 from lorikeet.files import sha256_file
+from lorikeet.messages import Message
 from lorikeet.run import RunFolder
 from lorikeet.serve import launch
 from lorikeet.serve.assistant import Assistant
@@ -194,15 +196,39 @@ def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> No
     with served(create_app(models, page=False)) as url:
         assert ask(url).json()["choices"][0]["message"]["content"] == "tuned"
         assert not started
-        refused = ask(url, model="base")
-        assert (refused.status_code, "was changed" in refused.text) == (503, True)
+        for _ in range(3):  # a failed start is not repeated for everybody who asks
+            refused = ask(url, model="base")
+            assert (refused.status_code, "was changed" in refused.text) == (503, True)
+        assert len(started) == 1
         assert httpx.get(f"{url}/health").status_code == 200
+        time.sleep(RESTART_FIRST_S)
         assert ask(url, model="base").json()["choices"][0]["message"]["content"] == "base"
         assert ask(url, model="base").status_code == 200
         assert len(started) == 2
         late.close()
         assert ask(url, model="base").status_code == 503
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_an_engine_that_takes_long_to_start_stops_neither_the_others_nor_the_end(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "LATE_WAIT_S", 0.1)
+    loaded, ended = threading.Event(), threading.Event()
+    slow = ScriptedEngine("base")
+    slow.close = ended.set  # type: ignore[method-assign]
+
+    def start() -> ScriptedEngine:
+        loaded.wait(10)
+        return slow
+
+    late = LateEngine(start, name="base")
+    for _ in range(2):
+        with pytest.raises(EngineDownError, match="is being loaded"):
+            next(late.stream([Message("user", "Hi")]))
+    threading.Timer(0.3, loaded.set).start()
+    began = time.monotonic()
+    late.close()
+    assert time.monotonic() - began < 5
+    assert ended.wait(5)  # what came too late is ended
 
 
 def test_who_still_searches_keeps_a_place_and_no_slot() -> None:

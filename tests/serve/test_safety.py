@@ -28,6 +28,7 @@ import av
 import httpx
 import numpy as np
 import pytest
+from gradio import processing_utils
 
 from lorikeet import cli
 from lorikeet.engine import HttpEngine, LlamaEngine
@@ -225,7 +226,38 @@ def test_numbers_that_make_no_sense_never_reach_the_engine() -> None:
     assert engine.asked == []
 
 
-def test_nothing_is_fetched_for_a_visitor_and_no_redirect_is_followed(url: str) -> None:
+def runs_of_the_page(url: str, given: Any) -> Iterator[dict[str, Any]]:
+    """Yield what a visitor can send to start each of the page's functions, with `given` for every input."""
+    runs = httpx.get(f"{url}/config").json()["dependencies"]
+    assert any(run["inputs"] for run in runs)
+    for number, run in enumerate(runs):
+        yield {
+            "data": [given] * len(run["inputs"]),
+            "fn_index": number,
+            "session_hash": f"s{number}",
+            "trigger_id": None,
+        }
+
+
+def said_by_the_page(url: str, body: dict[str, Any]) -> str:
+    """Return all that the page's function sends back, to its end."""
+    with httpx.Client(base_url=url, timeout=10) as client:
+        assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+        with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": body["session_hash"]}) as stream:
+            said = ""
+            for line in stream.iter_lines():
+                said += line
+                if "process_completed" in line or "close_stream" in line:
+                    break
+    return said
+
+
+def test_nothing_is_fetched_for_a_visitor_and_no_redirect_is_followed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    for name in ("async_ssrf_protected_download", "ssrf_protected_download", "unsafe_download"):
+        monkeypatch.setattr(processing_utils, name, lambda address, *_, **__: fetched.append(address))
     with Sink() as inside, Sink(location=inside.url + "/secret") as outside:
         search = SearXNG(outside.url, timeout_s=5)
         with pytest.raises(SearchError, match="not followed"):
@@ -244,11 +276,10 @@ def test_nothing_is_fetched_for_a_visitor_and_no_redirect_is_followed(url: str) 
                 status, data = raw(url, "GET", name)
                 assert status >= 400 or (inside.url.encode() not in data and b"root:" not in data)
             given = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
-            for number in range(6):
-                joined = {"data": [given, "off", None], "fn_index": number, "session_hash": "s", "trigger_id": None}
-                httpx.post(f"{url}/gradio_api/queue/join", json=joined)
-        time.sleep(1)
-        assert inside.hits == []
+            for nested in (given, {"path": "uploaded.wav", "more": [given]}):
+                for body in runs_of_the_page(url, nested):
+                    said_by_the_page(url, body)
+        assert inside.hits == fetched == []
 
 
 def test_names_of_files_are_only_names(url: str, tmp_path: Path) -> None:
@@ -290,20 +321,9 @@ def test_the_page_reads_no_file_of_the_machine(url: str, tmp_path: Path) -> None
     private = tmp_path / "private.wav"
     private.write_bytes(sound("wav"))
     given = {"path": str(private), "meta": {"_type": "gradio.FileData"}}
-    with httpx.Client(base_url=url, timeout=10) as client:
-        config = client.get("/config").json()
-        voice = [number for number, run in enumerate(config["dependencies"]) if len(run["inputs"]) == 3]
-        assert voice
-        for number in voice:
-            body = {"data": [given, "off", None], "fn_index": number, "session_hash": f"s{number}", "trigger_id": None}
-            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-            with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": f"s{number}"}) as stream:
-                said = ""
-                for line in stream.iter_lines():
-                    said += line
-                    if "process_completed" in line or "close_stream" in line:
-                        break
-            assert "process_completed" in said and "I heard" not in said
+    for body in runs_of_the_page(url, given):
+        said = said_by_the_page(url, body)
+        assert "process_completed" in said and "I heard" not in said
 
 
 # --------------------------------------------------------------------------------------------------- who is asking

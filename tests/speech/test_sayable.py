@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lorikeet.speech.clauses import ClauseSplitter, split_clauses
+from lorikeet.speech.clauses import MOST_WORDS, ClauseSplitter, split_clauses
 from lorikeet.speech.sayable import cardinal, ordinal, sayable, year
 
 
@@ -157,3 +157,27 @@ def test_the_first_clause_does_not_wait_for_the_rest() -> None:
     splitter = ClauseSplitter()
     assert splitter.feed("Parrots are birds,") == []
     assert splitter.feed(" and") == ["Parrots are birds, "]
+
+
+def test_an_answer_that_never_stops_is_spoken_all_the_same() -> None:
+    endless = "The sound of " + "the sound of " * 40
+    clauses = ClauseSplitter()
+    given = [clause for word in endless.split(" ") for clause in clauses.feed(word + " ")]
+    assert len(given) >= 4 and all(len(clause.split()) <= MOST_WORDS for clause in given)
+    assert "".join([*given, *clauses.flush()]) == endless + " "
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "[" + "a name of several words " * 2 + "](https://example.org/some-page)",
+        "```\n" + "code in many words " * 20 + "\n```",
+    ],
+)
+def test_a_long_clause_is_not_cut_inside_a_link_or_code(kept: str) -> None:
+    text = "one two three four five six " * 3 + kept + " and so on " * 8
+    assert any(kept in clause for clause in split_clauses(text))
+
+
+def test_a_bracket_that_never_closes_silences_nothing() -> None:
+    assert len([*split_clauses("[" + "the sound of " * 40)]) >= 2

@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from lorikeet.export.vocabulary import pre_tokenizer
+from lorikeet.export.vocabulary import end_of_turn, pre_tokenizer
 from lorikeet.gguf_header import CONTROL_TOKEN, Header
 from lorikeet.prompt import PromptFormat
 
@@ -299,9 +299,10 @@ def vocabulary_faults(header: Header, prompt: PromptFormat) -> list[str]:
     for role, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if metadata.get(f"tokenizer.ggml.{role}_token_id") != index:
             faults.append(f"{role}_token_id is {metadata.get(f'tokenizer.ggml.{role}_token_id')}, not {index}")
+    ends = prompt.stop_ids | {end_of_turn(prompt)}
     for role in ("eot", "eom"):
         index = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if index is not None and index not in prompt.stop_ids | prompt.special_ids:
+        if index is not None and index not in ends:
             faults.append(f"{role}_token_id is {index}, which ends no answer")
     return faults
 

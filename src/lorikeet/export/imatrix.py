@@ -154,14 +154,14 @@ def _within(rows: Sequence[Sequence[int]], clock: Clock, progress: Progress, say
 
 
 def _plan(done: int, count: int, costs: Sequence[int], clock: Clock) -> str:
-    """Say what is run, at what rate, how long that takes, and what would give it all of the conversations."""
+    """Say what is run, at what rate, how long that takes, and how long all of the conversations would."""
     rate = f"{clock.tokens_per_s:.0f} tokens/s" if math.isfinite(clock.tokens_per_s) else "one conversation"
     left_s = clock.needs_s(sum(costs[done:count]))
     line = f"importance matrix: {count} of {len(costs)} conversations, {rate}, {left_s:.0f} s left"
     if count == len(costs):
         return line
     whole_s = clock.spent_s + clock.needs_s(sum(costs[done:]))
-    return f"{line}; all of them need --budget-s {math.ceil(1.1 * whole_s)}"
+    return f"{line}; all of them would take {whole_s:.0f} s"
 
 
 def _up_to(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:

@@ -265,6 +265,8 @@ def _check_system_prompt(subject: Subject) -> None:
         for conversation in load_conversations(str(path)).conversations if path.is_file() else ():
             first = conversation.messages[0]
             kept[first.content if first.role == "system" else ""] += 1
+    if not kept:
+        return
     usual, count = kept.most_common(1)[0]
     if led_by and led_by not in kept:
         what = f"run.json says {led_by[:60]!r}, which leads none of the conversations that tuning kept"

@@ -73,11 +73,11 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     if not wanted & {"merged", "gguf"}:
         write_card(run)
         return run
-    _require_disk(run, base, config.quant if "gguf" in wanted else ())
+    calibrations = {quant: _calibration(run, config, quant) for quant in config.quant} if "gguf" in wanted else {}
+    _require_disk(run, base, calibrations)
     merged = _merged(run, base, adapter)
     if "gguf" in wanted:
-        for quant in config.quant:
-            calibration = _calibration(run, config, quant)
+        for quant, calibration in calibrations.items():
             _tuned_gguf(run, merged, quant, calibration, budget_s=config.budget_s)
             _base_gguf(run, base, adapter, quant, calibration, budget_s=config.budget_s)
         if why := write_modelfile(run):
@@ -149,15 +149,25 @@ LOADED = 1.3
 """What a model takes while it is asked, over its weights."""
 
 
-def _require_disk(run: RunFolder, base: Path, quants: Sequence[Quant]) -> None:
-    """Raise MachineError if what is still to be written will not fit, saying what could go."""
+def _require_disk(run: RunFolder, base: Path, calibrations: dict[Quant, Path | None]) -> None:
+    """Raise MachineError if what is still to be written will not fit, saying what could go.
+
+    `calibrations` has each type that is wanted, and the conversations that weigh its errors.
+    """
+    quants = [*calibrations]
     weights = sum(math.prod(tensor.shape()) for tensor in tensors(base))
     manifest = run.manifest()
     mine = [] if _is_merged(run) else [2.0]
     mine += [
         BYTES_PER_WEIGHT[quant] for quant in quants if mine or not (run.root / f"gguf/model-{quant}.gguf").is_file()
     ]
-    bases = [BYTES_PER_WEIGHT[quant] for quant in quants if not base_gguf_path(manifest, quant).is_file()]
+    bases = [
+        BYTES_PER_WEIGHT[quant]
+        for quant, calibration in calibrations.items()
+        if not base_gguf_path(
+            manifest, quant, calibration_sha256=_made_from(manifest, calibration).get("calibration_sha256", "")
+        ).is_file()
+    ]
     removable = _removable(run, quants)
     here, cache = int(weights * sum(mine)), int(weights * sum(bases))
     cache_folder().mkdir(parents=True, exist_ok=True)
@@ -224,8 +234,8 @@ def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | 
         matrix = run.root / MATRIX
         known = {key: manifest["artefacts"].get(MATRIX, {}).get(key) for key in MADE_FROM} == made_from
         if not known or not matrix.is_file():
-            like = base_gguf_path(manifest, quant).with_name(imatrix.FILE)
-            _collect(run, merged, calibration, matrix, like=like, budget_s=budget_s)
+            base = base_gguf_path(manifest, quant, calibration_sha256=made_from["calibration_sha256"])
+            _collect(run, merged, calibration, matrix, like=base.with_name(imatrix.FILE), budget_s=budget_s)
             run.record(MATRIX, matrix, **made_from)
         importance = Importance.load(matrix)
     with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:

@@ -51,7 +51,8 @@ _SPELT = [
 def round_trip(base: Sequence[str], tuned: Sequence[str], *, resamples: int) -> dict[str, Any]:
     """Return the word error rates of both models' answers, how many repeat themselves, or `{"skipped": why}`.
 
-    Rates are errors over words of all answers together, with 95 % bootstrap intervals over the answers.
+    Rates are errors over words of all answers together, with 95 % bootstrap intervals over the answers, of the pairs of
+    which neither repeats itself.
     """
     from lorikeet.speech.hear import load_ears
     from lorikeet.speech.speak import load_voice
@@ -61,15 +62,15 @@ def round_trip(base: Sequence[str], tuned: Sequence[str], *, resamples: int) -> 
     except (MissingExtraError, MachineError) as error:
         return {"skipped": str(error)}
     counts = count_errors(list(zip(base, tuned, strict=True)), voice, ears, budget_s=BUDGET_S)
-    result: dict[str, Any] = {"answers": len(counts), "repeating": {}}
+    heard = [(base, tuned) for base, tuned in counts if base is not None and tuned is not None]
+    result: dict[str, Any] = {"answers": len(counts), "compared": len(heard), "repeating": {}}
+    if not heard:
+        return {"skipped": "of every pair of answers one repeats itself"}
     for place, who in enumerate(("base", "tuned")):
-        heard = [found for pair in counts if (found := pair[place]) is not None]
-        result["repeating"][who] = len(counts) - len(heard)
-        if not heard:
-            return {"skipped": f"every answer of the {who} model repeats itself"}
+        result["repeating"][who] = sum(pair[place] is None for pair in counts)
         # An answer without words is not dropped: it counts as one word, not heard.
-        errors = np.array([wrong + (count == 0) for wrong, count in heard], dtype=np.float64)
-        counted = np.array([max(count, 1) for _, count in heard])
+        errors = np.array([pair[place][0] + (pair[place][1] == 0) for pair in heard], dtype=np.float64)
+        counted = np.array([max(pair[place][1], 1) for pair in heard])
         result[who] = asdict(ratio_interval(errors, counted, level=0.95, resamples=resamples, seed=5))
     return result
 

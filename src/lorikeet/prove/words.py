@@ -31,8 +31,10 @@ def surety(proof: Proof) -> str:
         return f"Measured on {tokens}. Other conversations of the same kind would move the gain by about ±{proof['noise']['sampling']:.3f} (95 % interval)."
     if failed == ["prompt_parity"]:
         return "No chance is in this: tokens are equal or they are not."
+    if failed == ["answers_end"]:
+        return "It is a count of answers, with the bound that chance allows for."
     small = f", {asked['prompts']} prompts with instructions and {len(proof['probes'])} with search results"
-    return f"Measured on {tokens}{small}. Where an ability counts as lost, its interval leaves no doubt; where the gain is in doubt, the verdict is no."
+    return f"Measured on {tokens}{small}. Where instructions or search results count as lost, the interval leaves no doubt; where the gain or plain English is in doubt, the verdict is no."
 
 
 def next_steps(proof: Proof, *, run: str, command: str = "lorikeet") -> list[str]:

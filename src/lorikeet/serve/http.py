@@ -78,7 +78,7 @@ def create_app(
     if page:
         from lorikeet.serve.ui import mount_page
 
-        mount_page(app, models.default.assistant, model_name=models.default.name, ears=ears, voice=voice)
+        mount_page(app, {model.name: model.assistant for model in models}, ears=ears, voice=voice)
     return app
 
 

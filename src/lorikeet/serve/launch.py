@@ -27,7 +27,7 @@ from lorikeet.errors import InputError
 from lorikeet.files import sha256_file
 from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
-from lorikeet.run import RunFolder
+from lorikeet.run import RunFolder, require_memory
 from lorikeet.serve.memory import Memory, identify
 from lorikeet.serve.note import Origin
 from lorikeet.serve.server import Listener, run_server
@@ -110,15 +110,16 @@ def check_exposure(config: ServeConfig) -> None:
     """Raise InputError for a server that others could use, or read each other in, without that being asked for."""
     if config.api_key is not None and not config.api_key.strip():
         raise InputError("--api-key is empty; give a key, or leave the flag out")
-    if not is_loopback(config.host) and not config.api_key and not config.public:
-        raise InputError(
-            f"--host {config.host} lets other machines in; give --api-key too, or --public to let anybody in within limits, "
-            "or listen on 127.0.0.1 (the default)"
-        )
-    if config.public and config.memory and not config.api_key:
-        raise InputError("--memory would keep strangers' conversations; with --public it needs --api-key")
     if config.proxy:
         _check_proxy(config.proxy)
+    door = f"--proxy {config.proxy}" if config.proxy else "" if is_loopback(config.host) else f"--host {config.host}"
+    if door and not config.api_key and not config.public:
+        raise InputError(
+            f"{door} lets other machines in; give --api-key too, or --public to let anybody in within limits, "
+            "or leave it out and listen on 127.0.0.1 (the default)"
+        )
+    if (door or config.public) and config.memory and not config.api_key:
+        raise InputError("--memory would keep strangers' conversations; with --public it needs --api-key")
 
 
 def _check_proxy(proxy: str) -> None:
@@ -184,7 +185,12 @@ def _models(target: Path | str, origin: Origin, assistant: Assistant, config: Se
         return [Served.of(origin, assistant)]
     tuned = Served.of(origin, assistant, proved=True)
     gguf = base_gguf_path(run.manifest(), origin.quant)
-    if not gguf.is_file() or sha256_file(gguf) != files.get("base_sha256"):
+    if "base_sha256" not in files:
+        _say(
+            f"only the tuned model is served: the proof does not say which file the base was; to serve it too: {again}"
+        )
+        return [tuned]
+    if not gguf.is_file() or sha256_file(gguf) != files["base_sha256"]:
         export = f"lorikeet export {run.root} --quant {origin.quant}"
         _say(f"only the tuned model is served: the base that was proved is not in the cache; {export}, then {again}")
         return [tuned]
@@ -192,7 +198,12 @@ def _models(target: Path | str, origin: Origin, assistant: Assistant, config: Se
     beside = Origin(
         name=name if name != origin.name else f"{name}-base", quant=origin.quant, gguf_sha256=files["base_sha256"]
     )
-    engine = LateEngine(lambda: _start(gguf, beside, config), name=beside.name)
+
+    def start() -> LlamaEngine:
+        require_memory(gguf.stat().st_size, to=f"answering with {beside.name} too", instead=f"ask {origin.name}")
+        return _start(gguf, beside, config)
+
+    engine = LateEngine(start, name=beside.name)
     _say(f"beside it: {beside.name}, the base that it was proved against, loaded when it is first asked")
     return [tuned, Served.of(beside, assistant.beside(engine, origin=beside), proved=True)]
 

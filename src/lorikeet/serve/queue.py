@@ -43,7 +43,8 @@ class Ticket:
         self.urgent = urgent
         self.is_ready = is_ready
         """Whether it can be let in; what still searches keeps its place, and lets others go first."""
-        self.joined_s = time.monotonic()
+        self.ready_s = time.monotonic()
+        """Since when it could be let in: what a search takes is no waiting."""
         self.admitted_s: float | None = None
         self._queue = queue
         self._turn = threading.Event()
@@ -58,7 +59,7 @@ class Ticket:
 
     @property
     def position(self) -> int:
-        """How many are before this one, itself included; 0 when it is being answered."""
+        """How many are to be answered before this one, itself included; 0 when it is being answered."""
         return self._queue.position(self)
 
     def wait(self, timeout_s: float) -> bool:
@@ -125,7 +126,8 @@ class Queue:
     def ready(self, ticket: Ticket) -> None:
         """Let a ticket be let in from now on."""
         with self._lock:
-            ticket.is_ready = True
+            if not ticket.is_ready:
+                ticket.is_ready, ticket.ready_s = True, time.monotonic()
             admitted = self._admit()
         self._tell(admitted)
 
@@ -142,9 +144,11 @@ class Queue:
         self._tell(admitted)
 
     def position(self, ticket: Ticket) -> int:
-        """Return its place in line, from 1; 0 if it is in none."""
+        """Return its place in line, from 1, among those that can be let in; 0 if it is in none."""
         with self._lock:
-            return self._line.index(ticket) + 1 if ticket in self._line else 0
+            if ticket not in self._line:
+                return 0
+            return 1 + sum(before.is_ready for before in self._line[: self._line.index(ticket)])
 
     def _has_room(self, ticket: Ticket) -> bool:
         return len(self._inside) < self.slots + ticket.urgent
@@ -163,7 +167,7 @@ class Queue:
 
     def _tell(self, admitted: list[Ticket]) -> None:
         for ticket in admitted:
-            self.on_admitted((ticket.admitted_s or ticket.joined_s) - ticket.joined_s)
+            self.on_admitted((ticket.admitted_s or ticket.ready_s) - ticket.ready_s)
 
     def _retry_after_s(self) -> int:
         """Return when about half of the line will have been answered."""

@@ -24,6 +24,9 @@ CLAUSE_WORDS = 6
 LONG_WORDS = 9
 """Where a first clause has grown to so many words without a comma, it ends before the next conjunction."""
 
+MOST_WORDS = 24
+"""A clause that has grown to so many words ends where it can: a small model may never come to a full stop."""
+
 _TITLES = [
     "dr",
     "mr",
@@ -69,6 +72,7 @@ _TITLES = [
 _BREAK = re.compile(r"([.!?…]+|[,;:]|[^\S\n][-–—]|—)([\"'”’)\]*_]*)(\s+)(?=\S)|(\n+)(?=\S)")
 _CONJUNCTION = re.compile(r"\s(?=(?:and|but|because|which|while|when|where|so|or)\s\S)")
 _OPEN = re.compile(r"```|\[[^\]]*\]\([^)\s]*$|\[[^\]]*$")
+_SPACE = re.compile(r"(?<=\S)\s+(?=\S)")
 _WORD = re.compile(r"\w[\w'’.-]*")
 
 
@@ -104,6 +108,18 @@ class ClauseSplitter:
             for match in _CONJUNCTION.finditer(self._held):
                 if len(_words(self._held[: match.start()])) >= CLAUSE_WORDS and not _is_open(self._held[: match.end()]):
                     return match.end()
+        return self._forced_end()
+
+    def _forced_end(self) -> int | None:
+        """Return where a clause of too many words is cut: before its last word, but not inside a link or a code block."""
+        count = len(_words(self._held))
+        if count <= MOST_WORDS:
+            return None
+        is_open = _is_open if count <= 2 * MOST_WORDS else _is_code  # no link has so long a name
+        for match in reversed([*_SPACE.finditer(self._held)]):
+            before = self._held[: match.start()]
+            if len(_words(before)) >= CLAUSE_WORDS and not is_open(before):
+                return match.end()
         return None
 
     def _ends_clause(self, match: re.Match[str]) -> bool:
@@ -136,7 +152,11 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
 
 def _is_open(text: str) -> bool:
     """Say whether a code block or a link that begins in `text` has not ended there."""
-    return text.count("```") % 2 == 1 or _OPEN.search(text.rsplit("```", 1)[-1]) is not None
+    return _is_code(text) or _OPEN.search(text.rsplit("```", 1)[-1]) is not None
+
+
+def _is_code(text: str) -> bool:
+    return text.count("```") % 2 == 1
 
 
 def _words(text: str) -> list[str]:

@@ -59,6 +59,9 @@ DRAFT_PADDING_S = 5.0
 TIME_STEP_S = 0.02
 """Between two of Whisper's tokens for times."""
 
+DRAFT_PARTS = 3
+"""Windows that a draft takes at most; each but the first is a sentence that the one before broke off."""
+
 DRAFT_TOKENS_PER_S = 8
 DRAFT_WORDS_PER_S = 6.0
 """People say two to four words a second; a draft with more was not said like that."""
@@ -145,8 +148,11 @@ class WhisperEars:
         first, last = int(voiced[0]) * FRAME_SAMPLES, int(voiced[-1] + 1) * FRAME_SAMPLES
         return max(0, first - margin), min(samples.size, last + margin), voiced.size * FRAME_MS / 1000
 
-    def _draft(self, speech: Samples, speech_s: float) -> str | None:
-        """Return what a short window gives, '' where that is no speech, None if it must be heard again."""
+    def _draft(self, speech: Samples, speech_s: float, *, parts: int = DRAFT_PARTS) -> str | None:
+        """Return what a short window gives, '' where that is no speech, None if it must be heard again.
+
+        A sentence that Whisper leaves to the next window is asked for anew, until there are so many `parts`.
+        """
         model = self._model
         padded = np.pad(speech, (0, int(DRAFT_PADDING_S * HEARING_HZ)))
         features = model.feature_extractor(padded, padding=0)
@@ -171,10 +177,11 @@ class WhisperEars:
         once = cut_repetition(text) if hurried else text
         if result.scores[0] < LOG_PROBABILITY or (hurried and once == text) or compression(once) > COMPRESSION:
             return None
-        if not closed or closed_s * HEARING_HZ >= speech.size:
+        if hurried or not closed or parts == 1 or closed_s * HEARING_HZ >= speech.size:
             return once
         before = model.hf_tokenizer.decode([token for token in tokens[:closed] if token < end]).strip()
-        rest = self._draft(speech[int(closed_s * HEARING_HZ) :], speech_s)
+        left = speech[int(closed_s * HEARING_HZ) :]
+        rest = self._draft(left, min(speech_s, left.size / HEARING_HZ), parts=parts - 1)
         return rest if rest is None else f"{before} {rest}".strip()
 
     def _prompt(self, encoded: Any) -> list[int]:

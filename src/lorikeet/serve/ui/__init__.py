@@ -1,6 +1,6 @@
 """The page: a Gradio app over `assistant` and `speech`, and nothing else of the server.
 
-mount_page(app, assistant, model_name="my-model", ears=ears, voice=voice)
+mount_page(app, {"my-model": assistant}, ears=ears, voice=voice)
 """
 
 from __future__ import annotations

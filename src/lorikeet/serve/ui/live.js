@@ -76,7 +76,8 @@
       this.context = new AudioContext();
       await this.context.audioWorklet.addModule(new URL("live_worklet.js", here));
       this.speaker = new Speaker(this.context);
-      const address = new URL("../v1/realtime?model=default", here);
+      const model = document.querySelector("#model input:checked")?.value ?? "default";
+      const address = new URL(`../v1/realtime?model=${encodeURIComponent(model)}`, here);
       address.protocol = address.protocol.replace("http", "ws");
       this.socket = new WebSocket(address);
       this.socket.onmessage = (message) => this.take(JSON.parse(message.data));

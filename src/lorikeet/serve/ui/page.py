@@ -1,6 +1,6 @@
 """The page at `/`: chat by text or by voice, with what was searched in plain sight.
 
-    mount_page(app, assistant, model_name="my-model", ears=ears, voice=voice)
+    mount_page(app, {"my-model": assistant}, ears=ears, voice=voice)
 
 It turns the assistant's events into what a person sees and hears. Answers and search results are untrusted: answers
 go through the chat component's sanitiser, everything that is made into HTML here is escaped here.
@@ -12,7 +12,7 @@ import html
 import logging
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -93,8 +93,12 @@ class SpokenTurn(BaseModel):
     search: SpokenSearch | None = None
 
 
-def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ears | None, voice: Voice | None) -> None:
-    """Mount the page on `app` at `/`. Without `ears` there is no microphone, without `voice` answers stay silent."""
+def mount_page(app: FastAPI, assistants: Mapping[str, Assistant], *, ears: Ears | None, voice: Voice | None) -> None:
+    """Mount the page on `app` at `/`: the visitor chooses among `assistants` by the names of their models.
+
+    The first answers until another is chosen; they share search and memory. Without `ears` there is no microphone,
+    without `voice` answers stay silent.
+    """
     clips = Clips()
 
     @app.get("/spoken/{name}")
@@ -110,7 +114,7 @@ def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ear
         return FileResponse(Path(__file__).parent / name, media_type="text/javascript")
 
     say = _sayer(voice, clips) if voice else None
-    page = build_page(assistant, model_name=model_name, ears=ears, say=say)
+    page = build_page(assistants, ears=ears, say=say)
     # Gradio asks only of a page that was launched whether a file that is named was uploaded; a mounted one would read any.
     page.has_launched = True
     gr.mount_gradio_app(
@@ -131,14 +135,36 @@ def mount_page(app: FastAPI, assistant: Assistant, *, model_name: str, ears: Ear
     )
 
 
-def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say: Say | None) -> gr.Blocks:
+class Page(gr.Blocks):  # type: ignore[misc]  # gradio ships no types
+    """Gradio's page, which fetches nothing for its visitor: Gradio itself takes the address of a file for the file."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        """Raise gradio.Error for a file that was not uploaded but named by an address, wherever it is in the inputs."""
+        if any("://" in path for path in _paths(inputs)):
+            raise gr.Error("a file must be uploaded; its address is not followed")
+        super().validate_inputs(block_fn, inputs)
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Yield the path of every file in a JSON value, and of what looks like one."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield str(value["path"])
+        value = [*value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from _paths(item)
+
+
+def build_page(assistants: Mapping[str, Assistant], *, ears: Ears | None, say: Say | None) -> gr.Blocks:
     """Return the page, not yet mounted; `say` makes the player of a spoken answer."""
+    model_name, assistant = next(iter(assistants.items()))
     title = f"Lorikeet · {model_name}"
     memory = assistant.memory
-    with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=CLEAN_UP_S) as page:
+    with Page(title=title, analytics_enabled=False, fill_height=True, delete_cache=CLEAN_UP_S) as page:
         talk = gr.State(Talk(), time_to_live=24 * 3600)
         with gr.Row(elem_id="bar"):
-            gr.HTML(_header(model_name), elem_id="top")
+            gr.HTML(_header(model_name if len(assistants) == 1 else ""), elem_id="top")
             fresh = gr.Button("New conversation", elem_id="fresh", size="sm", variant="secondary")
         chat = gr.Chatbot(
             elem_id="chat",
@@ -200,6 +226,9 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
                     visible=ears is not None,
                 )
                 gr.HTML(_OPEN_MICROPHONE, elem_id="microphone", visible=ears is not None)
+            model = gr.Radio(
+                list(assistants), value=model_name, elem_id="model", label="Answered by", visible=len(assistants) > 1
+            )
         with gr.Row(elem_id="memory", visible=memory is not None):
             gr.HTML(f"<p>{html.escape(recall.told(memory))}</p>" if memory else "", elem_id="memory-line")
             improve = gr.Button("Better answer", elem_id="improve", size="sm", variant="secondary")
@@ -211,13 +240,13 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             )
             keep = gr.Button("Keep", elem_id="live-keep")
 
-        def by_text(asked: str, choice: Search, current: Talk) -> Iterator[Any]:
+        def by_text(asked: str, choice: Search, named: str, current: Talk) -> Iterator[Any]:
             if not asked.strip():
                 yield current.shown, _notice("Type a question first."), gr.skip()
                 return
-            yield from _watch(answer(assistant, current, asked.strip(), search=choice), current)
+            yield from _watch(answer(assistants[named], current, asked.strip(), search=choice), current)
 
-        def by_voice(path: str | None, choice: Search, current: Talk) -> Iterator[Any]:
+        def by_voice(path: str | None, choice: Search, named: str, current: Talk) -> Iterator[Any]:
             if path is None or ears is None:
                 return
             yield current.shown, _notice("Listening to what you said …", kind="busy"), gr.skip(), None
@@ -225,7 +254,7 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             if not asked:
                 yield current.shown, _notice(problem), gr.skip(), None
                 return
-            turn = answer(assistant, current, asked, search=choice, say=say)
+            turn = answer(assistants[named], current, asked, search=choice, say=say)
             for view in _watch(turn, current):
                 yield *view, gr.skip()
 
@@ -234,9 +263,9 @@ def build_page(assistant: Assistant, *, model_name: str, ears: Ears | None, say:
             "concurrency_limit": ANSWERS_AT_ONCE,
             "concurrency_id": "answers",
         }
-        heard = [clip, search, talk], [chat, notice, question, clip]
+        heard = [clip, search, model, talk], [chat, notice, question, clip]
         runs = [
-            question.submit(by_text, [question, search, talk], [chat, notice, question], **settings),
+            question.submit(by_text, [question, search, model, talk], [chat, notice, question], **settings),
             clip.stop_recording(by_voice, *heard, **settings),
             clip.upload(by_voice, *heard, **settings),
         ]
@@ -492,7 +521,7 @@ def _notice(problem: str, *, kind: str = "problem") -> str:
 
 
 def _header(model_name: str) -> str:
-    model = f'<span class="model" title="the model that answers">{html.escape(model_name)}</span>'
+    model = f'<span class="model" title="the model that answers">{html.escape(model_name)}</span>' if model_name else ""
     line = "A small assistant to write to, or talk with."
     return f'<header>{mark(38)}<div class="name"><h1>Lorikeet {model}</h1><p>{line}</p></div></header>'
 
