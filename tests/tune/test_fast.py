@@ -215,6 +215,7 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_score_the_same_and_are_compiled_once(tiny_model: Path) -> None:
     found = []
     for compiled in (False, True):

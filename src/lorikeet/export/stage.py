@@ -66,7 +66,7 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     run.verify("adapter")
     wanted = set(config.formats)
     base = _base(run)
-    if config.strength == "auto" and not run.manifest().get("strength"):
+    if config.strength == "auto" and not strength.is_settled(run, asked="auto", budget_s=config.budget_s):
         _require_memory(run, base, to="choosing the adapter's strength", instead="export with --strength 1")
     with _progress("choosing the strength") as progress:
         strength.settle(run, base, asked=config.strength, budget_s=config.budget_s, progress=progress)

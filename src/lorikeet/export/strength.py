@@ -81,6 +81,17 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
+def is_settled(run: RunFolder, *, asked: str, budget_s: float) -> bool:
+    """Say whether the strength `asked` is baked into the run's adapter, and no more time was given since to choose it."""
+    entry = _entry(run)
+    if not entry or entry["asked"] != asked:
+        return False
+    config = json.loads((run.root / "adapter" / CONFIG).read_text(encoding="utf-8"))
+    return bool(
+        config["lora_alpha"] == entry["tuned_alpha"] * entry["strength"] and entry.get("cut_at_s", math.inf) >= budget_s
+    )
+
+
 def settle(
     run: RunFolder, base: Path, *, asked: str, budget_s: float = math.inf, progress: Progress = lambda *_: None
 ) -> None:
@@ -90,12 +101,11 @@ def settle(
     InputError for another strength.
     """
     wanted = _parse(asked)
+    if is_settled(run, asked=asked, budget_s=budget_s):
+        return
     config = json.loads((run.root / "adapter" / CONFIG).read_text(encoding="utf-8"))
     entry = _entry(run)
     tuned_alpha = entry["tuned_alpha"] if entry else config["lora_alpha"]
-    done = entry and entry["asked"] == asked and config["lora_alpha"] == tuned_alpha * entry["strength"]
-    if entry and done and entry.get("cut_at_s", math.inf) >= budget_s:
-        return
     if config.get("use_dora"):
         if wanted not in {None, 1.0}:
             raise InputError(f"--strength {asked} is for LoRA; a DoRA adapter is not linear in it, so it stays 1")
@@ -190,7 +200,7 @@ def measure(run: RunFolder, base: Path, *, unit: float, clock: Clock, progress: 
         table = losses.measure()
         best = choose(table, losses.are_dearer)
         chosen = asked.greatest_kept(table, most=best)
-    tried = f"the best of {', '.join(f'{s:g}' for s in STRENGTHS)} on {len(losses.rows)} validation conversations"
+    tried = f"the weakest no worse than the best of {', '.join(f'{s:g}' for s in STRENGTHS)} on {len(losses.rows)} validation conversations"
     if chosen < best:
         tried = f"{best:g} is {tried}, but follows fewer instructions than the base"
     cut = [*losses.cut, *asked.cut]

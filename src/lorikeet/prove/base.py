@@ -27,6 +27,9 @@ from lorikeet.run import environment
 from lorikeet.scoring import Scores
 from lorikeet.weights import cache_folder
 
+FORMAT = 1
+"""Of what is kept; it changes with what `_as_dict` writes or how it is measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -63,6 +66,7 @@ def key(gguf: Path, plan: Plan) -> str:
     asked = [*plan.questions, *plan.probe_questions]
     config, here = plan.config, environment()
     what = {
+        "format": FORMAT,
         "file": sha256_file(gguf),
         "scored": [[row.ids, row.supervised] for row in (*plan.heldout.own, *prose_rows(plan.prompt))],
         "asked": [[message.as_dict() for message in question] for question in asked],

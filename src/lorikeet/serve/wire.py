@@ -165,7 +165,7 @@ class ChatRequest(OptionFields):
     def _served(cls, body: Any) -> Any:
         for name, neutral in _NEUTRAL.items() if isinstance(body, dict) else ():
             value = body.get(name)
-            if value is not None and value not in neutral:
+            if value is not None and (value is True or value not in neutral):  # True == 1
                 raise ValueError(
                     f"{name}: {'only ' + str(neutral[0]) if neutral else 'nothing'} is served; leave it out"
                 )
