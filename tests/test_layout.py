@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "messages", "files", "__init__"},
     {"config", "prompt", "grounding", "weights", "gguf_header"},
     {"run", "card", "engine", "completion", "answer_schema", "engine_child", "scoring", "compare", "speech", "data"},
-    {"tune", "export", "prove", "serve", "deploy"},
+    {"tune", "export", "prove", "serve"},
     {"chat", "quickstart"},
     {"cli"},
 )

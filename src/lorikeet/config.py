@@ -108,9 +108,9 @@ class TuneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the decoder's blocks: half a minute at the start, then a sixth faster; auto does so for long runs."""
+    """Compile the decoder's blocks: half a minute at the start, then about a tenth faster; auto does so for long runs."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW, or with its moments in 8 bits (bitsandbytes; needs a GPU)."""
+    """AdamW, or with its moments in 8 bits (bitsandbytes)."""
     load_in_4bit: bool = False
     """Keep the base's weights in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes; needs a GPU)."""
     early_stopping_patience: int = 0

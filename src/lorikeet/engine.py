@@ -45,8 +45,8 @@ STEADY_S = 60.0
 """A child that ran for so long was well; the next pause is the first one again."""
 
 
-LATE_WAIT_S = 15.0
-"""How long a request waits for an engine that its like has only just asked for; it holds a slot for so long at most."""
+LATE_WAIT_S, LATE_LOOK_UP_S = 5.0, 0.25
+"""How long a request waits for an engine that is being loaded, in a slot, and how often it looks up."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
     ) -> Generator[Delta, None, None]:
         """Yield the answer in whole characters; the last delta has the finish reason and the usage.
 
-        With a `seed` no cached prefix is used, so the same request gives the same answer. Closing the iterator
+        With a `seed` no cached prefix is used, so the same request, alone, gives the same answer. Closing the iterator
         stops the generation. Raises RequestError for what the engine refuses, EngineError if it fails.
         """
         ...
@@ -414,7 +414,12 @@ class LateEngine:
         options: AnswerOptions | None = None,
     ) -> Generator[Delta, None, None]:
         """Yield the answer; see `Engine.stream`. Raises EngineDownError if the engine does not start."""
-        answer = self._started().stream(
+        until_s = time.monotonic() + LATE_WAIT_S
+        while (engine := self._started()) is None:
+            if time.monotonic() >= until_s:
+                raise EngineDownError(f"{self.name} is being loaded; ask again in a moment")
+            yield Delta("")  # a sign of life: whoever asked may have left meanwhile
+        answer = engine.stream(
             messages,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -443,26 +448,29 @@ class LateEngine:
         if engine:
             engine.close()
 
-    def _started(self) -> Engine:
-        """Return the engine. Raises EngineDownError where it is not there within LATE_WAIT_S."""
+    def _started(self) -> Engine | None:
+        """Return the engine, or None after a moment in which it was still being loaded. Raises EngineDownError."""
         with self._lock:
             if self._closed:
                 raise EngineDownError(f"{self.name} is closed")
-            if self._engine is None and self._starter is None and time.monotonic() >= self._again_s:
-                self._starter = threading.Thread(target=self._begin, name=f"start of {self.name}", daemon=True)
-                self._starter.start()
-            starter = self._starter
-        if starter:
-            starter.join(timeout=LATE_WAIT_S)
-        with self._lock:
-            if self._engine is None:
-                raise EngineDownError(self._failure or f"{self.name} is being loaded; ask again in a moment")
-            return self._engine
+            if self._engine is None and self._starter is None:
+                if time.monotonic() < self._again_s:
+                    raise EngineDownError(self._failure)
+                starter = threading.Thread(target=self._begin, name=f"start of {self.name}", daemon=True)
+                starter.start()
+                self._starter = starter
+            engine, starting = self._engine, self._starter
+        if engine is None and starting is not None:
+            starting.join(timeout=LATE_LOOK_UP_S)
+        return engine
 
     def _begin(self) -> None:
         try:
             engine = self._start()
-        except (LorikeetError, OSError) as error:
+        # The edge of a thread: whatever it is, it must be told to who asks.
+        except Exception as error:  # noqa: BLE001
+            if not isinstance(error, LorikeetError | OSError):
+                _log.exception("the start of %s failed", self.name)
             with self._lock:
                 self._failure = f"{self.name} could not be started: {error}"
                 self._again_s = time.monotonic() + self._pause_s

@@ -124,8 +124,8 @@ def test_a_lost_word_is_counted() -> None:
 def test_an_answer_that_repeats_itself_is_not_spoken() -> None:
     """Whisper would leave such sound out as its own raving, and all of its words would count as lost."""
     voice = Tone()
-    [(base, tuned)] = count_errors([("No, no, no, no. " * 9, "Fine.")], voice, Parrot(voice, lose="no"), budget_s=9)
-    assert base is None and tuned == (0, 1) and voice.said == "Fine."
+    counted = count_errors([("No, no, no, no. " * 9, "Fine."), ("Yes.", "Good.")], voice, Parrot(voice), budget_s=9)
+    assert counted == [None, ((0, 1), (0, 1))] and voice.said == "Good."
 
 
 def test_rates_leave_out_what_was_not_spoken(monkeypatch: pytest.MonkeyPatch) -> None:

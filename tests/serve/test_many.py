@@ -16,7 +16,7 @@ import pytest
 
 from lorikeet import engine
 from lorikeet.config import ServeConfig
-from lorikeet.engine import RESTART_FIRST_S, EngineDownError, LateEngine, LlamaEngine, _start_child
+from lorikeet.engine import EngineDownError, LateEngine, LlamaEngine, _start_child
 from lorikeet.errors import EngineError, InputError
 from lorikeet.files import sha256_file
 from lorikeet.messages import Message
@@ -155,6 +155,7 @@ def run_with_proof(root: Path, base: Path) -> Path:
         ("tuned", [("mine", "tuned", False)], "no proof is about model-q8_0.gguf"),
         ("base", [("mine", "tuned", True)], "the base that was proved is not in the cache"),
         ("gone", [("mine", "tuned", True)], "the base that was proved is not in the cache"),
+        ("old", [("mine", "tuned", True)], "the proof does not say which file the base was"),
     ],
 )
 def test_the_base_is_served_beside_the_tuned_model_where_both_were_proved(
@@ -174,6 +175,9 @@ def test_the_base_is_served_beside_the_tuned_model_where_both_were_proved(
         base.write_bytes(b"another base")
     if fault == "gone":
         base.unlink()
+    if fault == "old":
+        proof = tmp_path / "mine" / "reports" / "proof.json"
+        proof.write_text(proof.read_text().replace('"base_sha256"', '"base_hash"'))
     assistant = Assistant(ScriptedEngine())
     models = launch._models(gguf, identify(gguf, "mine"), assistant, ServeConfig())
     assert [(model.name, model.kind, model.proved) for model in models] == served_models
@@ -181,7 +185,8 @@ def test_the_base_is_served_beside_the_tuned_model_where_both_were_proved(
     assert all(model.assistant.queue is assistant.queue for model in models)
 
 
-def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> None:
+def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "RESTART_FIRST_S", 60)
     started: list[ScriptedEngine] = []
 
     def start() -> ScriptedEngine:
@@ -191,7 +196,8 @@ def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> No
         return started[-1]
 
     tuned = Assistant(ScriptedEngine("tuned"))
-    late = tuned.beside(LateEngine(start, name="base"), origin=Origin(name="base"))
+    late_engine = LateEngine(start, name="base")
+    late = tuned.beside(late_engine, origin=Origin(name="base"))
     models = Models(Served(name="tuned", assistant=tuned), Served(name="base", assistant=late))
     with served(create_app(models, page=False)) as url:
         assert ask(url).json()["choices"][0]["message"]["content"] == "tuned"
@@ -201,7 +207,7 @@ def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> No
             assert (refused.status_code, "was changed" in refused.text) == (503, True)
         assert len(started) == 1
         assert httpx.get(f"{url}/health").status_code == 200
-        time.sleep(RESTART_FIRST_S)
+        late_engine._again_s = 0
         assert ask(url, model="base").json()["choices"][0]["message"]["content"] == "base"
         assert ask(url, model="base").status_code == 200
         assert len(started) == 2
@@ -211,7 +217,7 @@ def test_an_engine_that_starts_late_costs_nothing_and_its_failure_is_503() -> No
 
 
 def test_an_engine_that_takes_long_to_start_stops_neither_the_others_nor_the_end(monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "LATE_WAIT_S", 0.1)
+    monkeypatch.setattr(engine, "LATE_WAIT_S", 0.5)
     loaded, ended = threading.Event(), threading.Event()
     slow = ScriptedEngine("base")
     slow.close = ended.set  # type: ignore[method-assign]
@@ -220,15 +226,46 @@ def test_an_engine_that_takes_long_to_start_stops_neither_the_others_nor_the_end
         loaded.wait(10)
         return slow
 
-    late = LateEngine(start, name="base")
-    for _ in range(2):
-        with pytest.raises(EngineDownError, match="is being loaded"):
-            next(late.stream([Message("user", "Hi")]))
+    tuned = Assistant(ScriptedEngine("tuned"))
+    late_engine = LateEngine(start, name="base")
+    late = tuned.beside(late_engine, origin=Origin(name="base"))
+    models = Models(Served(name="tuned", assistant=tuned), Served(name="base", assistant=late))
+    with served(create_app(models, page=False)) as url, ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ask, url, model="base")
+        wait_until(lambda: tuned.queue.answering == 1)
+        assert ask(url).json()["choices"][0]["message"]["content"] == "tuned"
+        refused = waits.result()
+        assert (refused.status_code, "is being loaded" in refused.text) == (503, True)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/chat/completions",
+                json={"model": "base", "messages": [{"role": "user", "content": "Hi"}]},
+                timeout=0.1,
+            )
+        wait_until(lambda: tuned.queue.answering == 0, timeout_s=0.45)  # who left does not hold the slot to the end
     threading.Timer(0.3, loaded.set).start()
     began = time.monotonic()
-    late.close()
+    late_engine.close()
     assert time.monotonic() - began < 5
     assert ended.wait(5)  # what came too late is ended
+
+
+def test_a_start_that_fails_in_an_unknown_way_is_told_and_tried_again() -> None:
+    starts = []
+
+    def start() -> ScriptedEngine:
+        starts.append(1)
+        raise RuntimeError("can't start new thread")
+
+    late = LateEngine(start, name="base")
+    for _ in range(2):
+        with pytest.raises(EngineDownError, match="can't start new thread"):
+            list(late.stream([Message("user", "Hi")]))
+    assert len(starts) == 1 and "can't start" in late.problem()
+    late._again_s = 0
+    with pytest.raises(EngineDownError, match="can't start new thread"):
+        list(late.stream([Message("user", "Hi")]))
+    assert len(starts) == 2
 
 
 def test_who_still_searches_keeps_a_place_and_no_slot() -> None:
@@ -237,10 +274,23 @@ def test_who_still_searches_keeps_a_place_and_no_slot() -> None:
     assert (searching.wait(0), quick.wait(0)) == (False, True)
     with pytest.raises(BusyError):
         queue.join()
+    assert searching.position == 1
+    time.sleep(0.05)
     searching.ready()
     assert not searching.wait(0)
     quick.leave()
     assert searching.wait(0)
+    assert (
+        searching.admitted_s and searching.admitted_s - searching.ready_s < 0.05
+    )  # what the search took is no waiting
+
+
+def test_who_still_searches_is_not_counted_before_others() -> None:
+    queue = Queue(slots=1, places=4)
+    inside, searching, waiting = queue.join(), queue.join(ready=False), queue.join()
+    assert [ticket.position for ticket in (inside, searching, waiting)] == [0, 1, 1]
+    searching.ready()
+    assert [ticket.position for ticket in (searching, waiting)] == [1, 2]
 
 
 def test_a_refused_file_leaves_no_pipe_open(tmp_path: Path) -> None:

@@ -208,6 +208,8 @@ for _ in range(200):
         ("tools", {"tools": [CLOCK, CLOCK]}),
         ("tools", {"tools": [CLOCK] * 129}),
         ("tool_choice", {"tool_choice": "required"}),
+        ("n", {"n": 2}),
+        ("n", {"n": True}),
         ("tool_choice", {"tools": [CLOCK], "tool_choice": "any"}),
         ("tool_choice", {"tools": [CLOCK], "tool_choice": {"type": "function"}}),
         ("tool_choice", {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}),

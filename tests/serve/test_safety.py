@@ -25,9 +25,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import av
+import gradio.routes
 import httpx
 import numpy as np
 import pytest
+from fastapi import Response
 from gradio import processing_utils
 
 from lorikeet import cli
@@ -227,16 +229,13 @@ def test_numbers_that_make_no_sense_never_reach_the_engine() -> None:
 
 
 def runs_of_the_page(url: str, given: Any) -> Iterator[dict[str, Any]]:
-    """Yield what a visitor can send to start each of the page's functions, with `given` for every input."""
-    runs = httpx.get(f"{url}/config").json()["dependencies"]
-    assert any(run["inputs"] for run in runs)
-    for number, run in enumerate(runs):
-        yield {
-            "data": [given] * len(run["inputs"]),
-            "fn_index": number,
-            "session_hash": f"s{number}",
-            "trigger_id": None,
-        }
+    """Yield what a visitor can send to start each of the page's functions, with `given` for one input after another."""
+    config = httpx.get(f"{url}/config").json()
+    values = {part["id"]: part["props"].get("value") for part in config["components"]}
+    for number, run in enumerate(config["dependencies"]):
+        for place in range(len(run["inputs"])):
+            data = [given if place == other else values[part] for other, part in enumerate(run["inputs"])]
+            yield {"data": data, "fn_index": number, "session_hash": f"s{number}-{place}", "trigger_id": None}
 
 
 def said_by_the_page(url: str, body: dict[str, Any]) -> str:
@@ -256,6 +255,12 @@ def test_nothing_is_fetched_for_a_visitor_and_no_redirect_is_followed(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[str] = []
+
+    async def fetch(address: str, *_: Any, **__: Any) -> Response:
+        fetched.append(address)
+        return Response("secret")
+
+    monkeypatch.setattr(gradio.routes, "secure_url_stream_response", fetch)
     for name in ("async_ssrf_protected_download", "ssrf_protected_download", "unsafe_download"):
         monkeypatch.setattr(processing_utils, name, lambda address, *_, **__: fetched.append(address))
     with Sink() as inside, Sink(location=inside.url + "/secret") as outside:
@@ -270,15 +275,18 @@ def test_nothing_is_fetched_for_a_visitor_and_no_redirect_is_followed(
             inside.url,
             inside.url.replace("127.0.0.1", "localhost"),
             "http://127.1:80@" + inside.url[7:],
+            "HTTPS://example.com/x",
+            "https://example.com/x",
             "file:///etc/passwd",
         ):
             for name in (f"/gradio_api/file={address}/x", f"/gradio_api/proxy={address}/x", f"/proxy={address}/x"):
                 status, data = raw(url, "GET", name)
                 assert status >= 400 or (inside.url.encode() not in data and b"root:" not in data)
-            given = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
-            for nested in (given, {"path": "uploaded.wav", "more": [given]}):
-                for body in runs_of_the_page(url, nested):
-                    said_by_the_page(url, body)
+                assert b"secret" not in data
+        given = {"path": "https://example.com/x", "meta": {"_type": "gradio.FileData"}}
+        for nested in (given, {"path": "uploaded.wav", "more": [given]}):
+            for body in runs_of_the_page(url, nested):
+                said_by_the_page(url, body)
         assert inside.hits == fetched == []
 
 
@@ -321,9 +329,13 @@ def test_the_page_reads_no_file_of_the_machine(url: str, tmp_path: Path) -> None
     private = tmp_path / "private.wav"
     private.write_bytes(sound("wav"))
     given = {"path": str(private), "meta": {"_type": "gradio.FileData"}}
-    for body in runs_of_the_page(url, given):
-        said = said_by_the_page(url, body)
-        assert "process_completed" in said and "I heard" not in said
+    uploaded = httpx.post(f"{url}/gradio_api/upload", files={"files": ("mine.wav", sound("wav"))}).json()[0]
+    allowed = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
+    heard = {
+        what: sum("I heard" in said_by_the_page(url, body) for body in runs_of_the_page(url, file))
+        for what, file in (("uploaded", allowed), ("private", given))
+    }
+    assert heard["uploaded"] > 0 and heard["private"] == 0
 
 
 # --------------------------------------------------------------------------------------------------- who is asking

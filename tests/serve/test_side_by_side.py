@@ -145,7 +145,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_frees_the_slot() -> None:
                 }
                 began = time.monotonic()
                 with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.5)
+                    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
                 wait_until(lambda: assistant.queue.answering == 0)
                 hi = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "seed": 1}
                 assert httpx.post(f"{url}/v1/chat/completions", json=hi, timeout=60).status_code == 200

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lorikeet.speech.clauses import MOST_WORDS, ClauseSplitter, split_clauses
+from lorikeet.speech.clauses import CLAUSE_WORDS, MOST_WORDS, ClauseSplitter, split_clauses
 from lorikeet.speech.sayable import cardinal, ordinal, sayable, year
 
 
@@ -159,25 +159,42 @@ def test_the_first_clause_does_not_wait_for_the_rest() -> None:
     assert splitter.feed(" and") == ["Parrots are birds, "]
 
 
+def streamed(text: str) -> list[str]:
+    splitter = ClauseSplitter()
+    given = [clause for piece in re.findall(r"\s*\S+", text) for clause in splitter.feed(piece)]
+    return [*given, *splitter.flush()]
+
+
 def test_an_answer_that_never_stops_is_spoken_all_the_same() -> None:
     endless = "The sound of " + "the sound of " * 40
-    clauses = ClauseSplitter()
-    given = [clause for word in endless.split(" ") for clause in clauses.feed(word + " ")]
-    assert len(given) >= 4 and all(len(clause.split()) <= MOST_WORDS for clause in given)
-    assert "".join([*given, *clauses.flush()]) == endless + " "
+    clauses = streamed(endless.strip())
+    assert "".join(clauses) == endless.strip()
+    assert {len(clause.split()) for clause in clauses[:-1]} == {MOST_WORDS}
+    assert CLAUSE_WORDS <= len(clauses[-1].split()) < MOST_WORDS + CLAUSE_WORDS
 
 
 @pytest.mark.parametrize(
     "kept",
     [
-        "[" + "a name of several words " * 2 + "](https://example.org/some-page)",
+        "[a name of several words in a row](https://example.org/some-page)",
         "```\n" + "code in many words " * 20 + "\n```",
+        "[a name of several words that is not yet written to its end",
+        "Dr. Lee",
+        "3.5 kilometres",
     ],
 )
-def test_a_long_clause_is_not_cut_inside_a_link_or_code(kept: str) -> None:
-    text = "one two three four five six " * 3 + kept + " and so on " * 8
-    assert any(kept in clause for clause in split_clauses(text))
+def test_a_long_clause_is_cut_beside_what_belongs_together(kept: str) -> None:
+    text = "word " * (MOST_WORDS - 1) + kept + " word" * 10
+    clauses = streamed(text)
+    assert "".join(clauses) == text
+    assert any(kept in clause for clause in clauses)
+    assert kept.startswith(("[a name of several words that", "```")) or len(clauses) == 2
 
 
 def test_a_bracket_that_never_closes_silences_nothing() -> None:
-    assert len([*split_clauses("[" + "the sound of " * 40)]) >= 2
+    assert len(streamed("[" + "the sound of " * 40)) >= 3
+
+
+def test_a_few_words_more_are_no_clause_of_their_own() -> None:
+    text = "word " * (MOST_WORDS + 2) + "end."
+    assert [*split_clauses(text)] == [text]

@@ -102,7 +102,7 @@ def _check(name: str, conversations: list[Conversation], broken: list[Broken]) -
     total = len(conversations) + len(broken)
     if not total:
         raise InputError(
-            f"{name} holds no rows; give at least 40 conversations, or use the packaged data: {PACKAGED_DATA}"
+            f"{name} holds no rows; give at least 24 conversations, or use the packaged data: {PACKAGED_DATA}"
         )
     if not conversations or len(broken) > BROKEN_SHARE * total:
         first = broken[0]

@@ -159,7 +159,9 @@ def _require_disk(run: RunFolder, base: Path, calibrations: dict[Quant, Path | N
     manifest = run.manifest()
     mine = [] if _is_merged(run) else [2.0]
     mine += [
-        BYTES_PER_WEIGHT[quant] for quant in quants if mine or not (run.root / f"gguf/model-{quant}.gguf").is_file()
+        BYTES_PER_WEIGHT[quant]
+        for quant, calibration in calibrations.items()
+        if mine or not _is_made(run, quant, calibration)
     ]
     bases = [
         BYTES_PER_WEIGHT[quant]
@@ -222,13 +224,12 @@ def _calibration(run: RunFolder, config: ExportConfig, quant: Quant) -> Path | N
 
 
 def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | None, *, budget_s: float) -> None:
+    if _is_made(run, quant, calibration):
+        return
     name = f"gguf/model-{quant}.gguf"
     manifest = run.manifest()
     made_from = _made_from(manifest, calibration)
     path = run.root / name
-    entry = manifest["artefacts"].get(name, {})
-    if path.is_file() and {key: entry.get(key) for key in MADE_FROM} == {key: made_from.get(key) for key in MADE_FROM}:
-        return
     importance = None
     if calibration:
         matrix = run.root / MATRIX
@@ -256,6 +257,14 @@ def _made_from(manifest: dict[str, Any], calibration: Path | None) -> dict[str, 
     if calibration:
         made_from["calibration_sha256"] = artefacts[CALIBRATION]["sha256"][calibration.name]
     return made_from
+
+
+def _is_made(run: RunFolder, quant: Quant, calibration: Path | None) -> bool:
+    """Say whether the run's GGUF of this type is there and was made from this adapter, with or without a matrix as now."""
+    manifest, name = run.manifest(), f"gguf/model-{quant}.gguf"
+    entry, made_from = manifest["artefacts"].get(name, {}), _made_from(manifest, calibration)
+    same = all(entry.get(key) == made_from.get(key) for key in MADE_FROM)
+    return same and (run.root / name).is_file()
 
 
 def _base_gguf(
@@ -315,6 +324,7 @@ def _collect(run: RunFolder, model: Path, calibration: Path, out: Path, *, like:
     ).rows
     if like.is_file():
         rows, budget_s = rows[: Importance.load(like).conversations], math.inf
+        _say(f"importance matrix: {len(rows)} conversations, as many as {like} has")
     with _report("collecting the importance matrix", out) as progress, atomic_file(out) as beside:
         found = imatrix.collect(
             model,

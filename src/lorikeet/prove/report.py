@@ -132,7 +132,7 @@ def rates(proof: dict[str, Any]) -> list[dict[str, Any]]:
         ),
     ]
     if "skipped" not in heard:
-        rows.append(("Words lost when spoken and heard", f"{heard['answers']} answers", False, heard))
+        rows.append(("Words lost when spoken and heard", f"{heard['compared']} answers", False, heard))
     return [
         {
             "name": name,

@@ -62,12 +62,12 @@ def round_trip(base: Sequence[str], tuned: Sequence[str], *, resamples: int) -> 
     except (MissingExtraError, MachineError) as error:
         return {"skipped": str(error)}
     counts = count_errors(list(zip(base, tuned, strict=True)), voice, ears, budget_s=BUDGET_S)
-    heard = [(base, tuned) for base, tuned in counts if base is not None and tuned is not None]
-    result: dict[str, Any] = {"answers": len(counts), "compared": len(heard), "repeating": {}}
+    heard = [pair for pair in counts if pair]
     if not heard:
-        return {"skipped": "of every pair of answers one repeats itself"}
-    for place, who in enumerate(("base", "tuned")):
-        result["repeating"][who] = sum(pair[place] is None for pair in counts)
+        return {"skipped": "there is no pair of answers of which neither repeats itself"}
+    result: dict[str, Any] = {"answers": len(counts), "compared": len(heard), "repeating": {}}
+    for place, (who, answers) in enumerate((("base", base), ("tuned", tuned))):
+        result["repeating"][who] = sum(_repeats(_said(answer)) for answer in answers[: len(counts)])
         # An answer without words is not dropped: it counts as one word, not heard.
         errors = np.array([pair[place][0] + (pair[place][1] == 0) for pair in heard], dtype=np.float64)
         counted = np.array([max(pair[place][1], 1) for pair in heard])
@@ -75,28 +75,38 @@ def round_trip(base: Sequence[str], tuned: Sequence[str], *, resamples: int) -> 
     return result
 
 
+Errors = tuple[int, int]
+"""Words that were not heard as they were said, of how many."""
+
+
 def count_errors(
     pairs: Sequence[tuple[str, str]], voice: Voice, ears: Ears, *, budget_s: float
-) -> list[tuple[tuple[int, int] | None, tuple[int, int] | None]]:
-    """Return (word errors, words) of both answers of each pair, None for one that repeats itself.
+) -> list[tuple[Errors, Errors] | None]:
+    """Return the word errors of both answers of each pair, None for a pair of which one repeats itself: it is not spoken.
 
     As many pairs are spoken as the time allows, at least one.
     """
     began = time.monotonic()
-    counts = []
-    for base, tuned in pairs:
-        counts.append((_errors(base, voice, ears), _errors(tuned, voice, ears)))
+    counts: list[tuple[Errors, Errors] | None] = []
+    for base, tuned in ((_said(base), _said(tuned)) for base, tuned in pairs):
+        is_spoken = not _repeats(base) and not _repeats(tuned)
+        counts.append((_errors(base, voice, ears), _errors(tuned, voice, ears)) if is_spoken else None)
         if time.monotonic() - began > budget_s:
             break
     return counts
 
 
-def _errors(text: str, voice: Voice, ears: Ears) -> tuple[int, int] | None:
+def _said(text: str) -> str:
+    return " ".join(sayable(text).split()[:FIRST_WORDS])
+
+
+def _repeats(said: str) -> bool:
     from lorikeet.speech.hear import COMPRESSION, compression
 
-    said = " ".join(sayable(text).split()[:FIRST_WORDS])
-    if compression(said) > COMPRESSION:
-        return None
+    return compression(said) > COMPRESSION
+
+
+def _errors(said: str, voice: Voice, ears: Ears) -> Errors:
     pieces = list(voice.speak(said)) if said else []
     heard = ears.transcribe(resample(np.concatenate(pieces), voice.sample_rate_hz, HEARING_HZ)).text if pieces else ""
     wanted = words(said)

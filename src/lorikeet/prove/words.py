@@ -32,7 +32,7 @@ def surety(proof: Proof) -> str:
     if failed == ["prompt_parity"]:
         return "No chance is in this: tokens are equal or they are not."
     if failed == ["answers_end"]:
-        return "It is a count of answers, with the bound that chance allows for."
+        return f"It is a count of {heldout['n']} answers, of which a share may be lost before it counts."
     small = f", {asked['prompts']} prompts with instructions and {len(proof['probes'])} with search results"
     return f"Measured on {tokens}{small}. Where instructions or search results count as lost, the interval leaves no doubt; where the gain or plain English is in doubt, the verdict is no."
 

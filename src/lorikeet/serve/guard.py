@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import html
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -61,6 +62,10 @@ def error_body(
 ) -> Any:
     """Return an error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+FETCHING = re.compile(r"(?:/gradio_api)?/(?:proxy=|file=[a-z][a-z0-9+.-]+:)", re.IGNORECASE)
+"""Paths by which Gradio fetches an address for whoever asks, and follows its redirects."""
 
 
 class Guard:
@@ -118,6 +123,8 @@ class Guard:
         host = headers.get("host", "")
         if self._hosts is not None and _hostname(host) not in self._hosts:
             return _forbidden(f"this server is not {host[:100]!r}; reach it as http://127.0.0.1 with its port")
+        if FETCHING.match(request.scope["path"]):
+            return _forbidden("a file must be uploaded; its address is not followed")
         if _is_foreign(request):
             return _forbidden("requests from other sites' pages are refused")
         if not headers.get("content-length", "0").isdecimal():

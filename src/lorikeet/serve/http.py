@@ -55,7 +55,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application: API, health and, unless `page` is False, the page at `/`.
 
-    Clients ask for one of `models` by name; the first is the default and the page's. Without `ears` or `voice` their
+    Clients ask for one of `models` by name; the first is the default. Without `ears` or `voice` their
     routes and buttons say so. With an `api_key` everything but /health asks for it. `hosts` are the names under which the
     server may be reached, None for any. `limits` hold each visitor of a public server to a share.
     """

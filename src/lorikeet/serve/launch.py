@@ -112,13 +112,14 @@ def check_exposure(config: ServeConfig) -> None:
         raise InputError("--api-key is empty; give a key, or leave the flag out")
     if config.proxy:
         _check_proxy(config.proxy)
-    door = f"--proxy {config.proxy}" if config.proxy else "" if is_loopback(config.host) else f"--host {config.host}"
-    if door and not config.api_key and not config.public:
+    doors = [f"--proxy {config.proxy}"] if config.proxy else []
+    doors += [] if is_loopback(config.host) else [f"--host {config.host}"]
+    if doors and not config.api_key and not config.public:
         raise InputError(
-            f"{door} lets other machines in; give --api-key too, or --public to let anybody in within limits, "
+            f"{' '.join(doors)} lets other machines in; give --api-key too, or --public to let anybody in within limits, "
             "or leave it out and listen on 127.0.0.1 (the default)"
         )
-    if (door or config.public) and config.memory and not config.api_key:
+    if config.public and config.memory and not config.api_key:
         raise InputError("--memory would keep strangers' conversations; with --public it needs --api-key")
 
 

@@ -73,6 +73,7 @@ _BREAK = re.compile(r"([.!?…]+|[,;:]|[^\S\n][-–—]|—)([\"'”’)\]*_]*)(
 _CONJUNCTION = re.compile(r"\s(?=(?:and|but|because|which|while|when|where|so|or)\s\S)")
 _OPEN = re.compile(r"```|\[[^\]]*\]\([^)\s]*$|\[[^\]]*$")
 _SPACE = re.compile(r"(?<=\S)\s+(?=\S)")
+_WHOLE = re.compile(r"```.*?(?:```|$)|\[[^\]\n]{0,200}(?:\]\([^)\s]*\)?|$)", re.DOTALL)
 _WORD = re.compile(r"\w[\w'’.-]*")
 
 
@@ -111,15 +112,15 @@ class ClauseSplitter:
         return self._forced_end()
 
     def _forced_end(self) -> int | None:
-        """Return where a clause of too many words is cut: before its last word, but not inside a link or a code block."""
-        count = len(_words(self._held))
-        if count <= MOST_WORDS:
-            return None
-        is_open = _is_open if count <= 2 * MOST_WORDS else _is_code  # no link has so long a name
-        for match in reversed([*_SPACE.finditer(self._held)]):
-            before = self._held[: match.start()]
-            if len(_words(before)) >= CLAUSE_WORDS and not is_open(before):
-                return match.end()
+        """Return where a clause of too many words is cut: not inside code, a link or "Dr. Lee", and not for a few words more."""
+        spaces = [*_SPACE.finditer(self._held)]
+        whole = [match.span() for match in _WHOLE.finditer(self._held)] if len(spaces) >= MOST_WORDS else []
+        for place in range(MOST_WORDS - 1, len(spaces) - CLAUSE_WORDS + 1):
+            space = spaces[place]
+            last = self._held[spaces[place - 1].end() : space.start()].lstrip("(\"'“‘*_[").lower()
+            inside = any(start < space.start() < end for start, end in whole)
+            if not inside and last.removesuffix(".") not in _TITLES and not last[-1:].isdigit():
+                return space.end()
         return None
 
     def _ends_clause(self, match: re.Match[str]) -> bool:
@@ -152,11 +153,7 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
 
 def _is_open(text: str) -> bool:
     """Say whether a code block or a link that begins in `text` has not ended there."""
-    return _is_code(text) or _OPEN.search(text.rsplit("```", 1)[-1]) is not None
-
-
-def _is_code(text: str) -> bool:
-    return text.count("```") % 2 == 1
+    return text.count("```") % 2 == 1 or _OPEN.search(text.rsplit("```", 1)[-1]) is not None
 
 
 def _words(text: str) -> list[str]:

@@ -182,7 +182,9 @@ class WhisperEars:
         before = model.hf_tokenizer.decode([token for token in tokens[:closed] if token < end]).strip()
         left = speech[int(closed_s * HEARING_HZ) :]
         rest = self._draft(left, min(speech_s, left.size / HEARING_HZ), parts=parts - 1)
-        return rest if rest is None else f"{before} {rest}".strip()
+        if not rest:
+            return once if rest == "" else None
+        return f"{before} {rest}".strip()
 
     def _prompt(self, encoded: Any) -> list[int]:
         """Return the tokens that ask for a transcript in the language that is heard.

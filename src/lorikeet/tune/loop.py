@@ -56,7 +56,7 @@ SAFETY = 0.85
 """The share of the remaining time that the fitted schedule plans with."""
 
 COMPILE_FROM_S = 600
-"""Runs that are expected to last so long are compiled: it costs about 25 s and saves a sixth of the time."""
+"""Runs that are expected to last so long are compiled: it costs about 25 s and saves about a tenth of the time."""
 
 PLOT_WIDTH, PLOT_HEIGHT = 60, 6
 """Characters of the plot of the loss in a terminal."""

@@ -136,12 +136,12 @@ def mount_page(app: FastAPI, assistants: Mapping[str, Assistant], *, ears: Ears 
 
 
 class Page(gr.Blocks):  # type: ignore[misc]  # gradio ships no types
-    """Gradio's page, which fetches nothing for its visitor: Gradio itself takes the address of a file for the file."""
+    """Gradio's page, whose inputs are no addresses: Gradio itself fetches the file that one names."""
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         """Raise gradio.Error for a file that was not uploaded but named by an address, wherever it is in the inputs."""
         if any("://" in path for path in _paths(inputs)):
-            raise gr.Error("a file must be uploaded; its address is not followed")
+            raise gr.Error("a file must be uploaded; its address is not followed", print_exception=False)
         super().validate_inputs(block_fn, inputs)
 
 
@@ -244,7 +244,7 @@ def build_page(assistants: Mapping[str, Assistant], *, ears: Ears | None, say: S
             if not asked.strip():
                 yield current.shown, _notice("Type a question first."), gr.skip()
                 return
-            yield from _watch(answer(assistants[named], current, asked.strip(), search=choice), current)
+            yield from _watch(answer(assistants.get(named, assistant), current, asked.strip(), search=choice), current)
 
         def by_voice(path: str | None, choice: Search, named: str, current: Talk) -> Iterator[Any]:
             if path is None or ears is None:
@@ -254,7 +254,7 @@ def build_page(assistants: Mapping[str, Assistant], *, ears: Ears | None, say: S
             if not asked:
                 yield current.shown, _notice(problem), gr.skip(), None
                 return
-            turn = answer(assistants[named], current, asked, search=choice, say=say)
+            turn = answer(assistants.get(named, assistant), current, asked, search=choice, say=say)
             for view in _watch(turn, current):
                 yield *view, gr.skip()
 
