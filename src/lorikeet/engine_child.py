@@ -34,6 +34,8 @@ def main() -> None:
     params.ui = False
     params.cache_ram_mib = 0
     params.sse_ping_interval = 1  # while a prompt is read, so that a client that left is noticed
+    # Between batches it looks who has left and goes on with others' answers; a batch of 512 is computed in one go anyway.
+    params.n_batch = params.n_ubatch = 512
     params.endpoint_slots = False  # it would show what others ask
     if settings["scoring"]:
         params.embedding = True

@@ -152,7 +152,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_frees_the_slot() -> None:
                 left_s = time.monotonic() - began
             began = time.monotonic()
             assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).status_code == 200
-            assert left_s < time.monotonic() - began, "the prompt of who had left was read to its end"
+            assert left_s < 0.7 * (time.monotonic() - began), "the prompt of who had left was read to its end"
 
 
 def test_a_template_that_knows_tools_is_given_them(tmp_path: Path) -> None:
