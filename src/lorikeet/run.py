@@ -53,7 +53,7 @@ def free_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text().splitlines())
-        free = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), free)
+        free = min(free, next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), free))
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

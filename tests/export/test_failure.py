@@ -223,6 +223,12 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     assert (run.root / "gguf" / "model-q4_0.gguf").is_file()
 
 
+def test_a_limit_of_addresses_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fits the machine and not `ulimit -v` must be computed in the smaller type, or refused."""
+    monkeypatch.setattr(running, "free_address_bytes", lambda: 1_000_000)
+    assert running.free_bytes() <= 1_000_000
+
+
 def test_two_exports_of_one_run_exclude_each_other(run: RunFolder) -> None:
     with FileLock(run.root / ".export.lock"), pytest.raises(InputError, match="another lorikeet export is writing"):
         export(run.root, ONE)
