@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.config import PACKAGED_DATA, SYSTEM_PROMPT
+from lorikeet.data.clean import LEAST_CONVERSATIONS
 from lorikeet.errors import InputError, MissingExtraError
 from lorikeet.grounding import ground_conversation
 from lorikeet.messages import Conversation, Message, Role, Source
@@ -102,7 +103,7 @@ def _check(name: str, conversations: list[Conversation], broken: list[Broken]) -
     total = len(conversations) + len(broken)
     if not total:
         raise InputError(
-            f"{name} holds no rows; give at least 24 conversations, or use the packaged data: {PACKAGED_DATA}"
+            f"{name} holds no rows; give at least {LEAST_CONVERSATIONS} conversations, or use the packaged data: {PACKAGED_DATA}"
         )
     if not conversations or len(broken) > BROKEN_SHARE * total:
         first = broken[0]

@@ -233,8 +233,7 @@ def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | 
     importance = None
     if calibration:
         matrix = run.root / MATRIX
-        known = {key: manifest["artefacts"].get(MATRIX, {}).get(key) for key in MADE_FROM} == made_from
-        if not known or not matrix.is_file():
+        if not _is_from(made_from, manifest["artefacts"].get(MATRIX, {})) or not matrix.is_file():
             base = base_gguf_path(manifest, quant, calibration_sha256=made_from["calibration_sha256"])
             _collect(run, merged, calibration, matrix, like=base.with_name(imatrix.FILE), budget_s=budget_s)
             run.record(MATRIX, matrix, **made_from)
@@ -262,9 +261,13 @@ def _made_from(manifest: dict[str, Any], calibration: Path | None) -> dict[str, 
 def _is_made(run: RunFolder, quant: Quant, calibration: Path | None) -> bool:
     """Say whether the run's GGUF of this type is there and was made from this adapter, with or without a matrix as now."""
     manifest, name = run.manifest(), f"gguf/model-{quant}.gguf"
-    entry, made_from = manifest["artefacts"].get(name, {}), _made_from(manifest, calibration)
-    same = all(entry.get(key) == made_from.get(key) for key in MADE_FROM)
-    return same and (run.root / name).is_file()
+    made_from = _made_from(manifest, calibration)
+    return _is_from(made_from, manifest["artefacts"].get(name, {})) and (run.root / name).is_file()
+
+
+def _is_from(made_from: dict[str, str], entry: dict[str, Any]) -> bool:
+    """Say whether an entry of the manifest names these sources and no others."""
+    return all(entry.get(key) == made_from.get(key) for key in MADE_FROM)
 
 
 def _base_gguf(
@@ -324,7 +327,7 @@ def _collect(run: RunFolder, model: Path, calibration: Path, out: Path, *, like:
     ).rows
     if like.is_file():
         rows, budget_s = rows[: Importance.load(like).conversations], math.inf
-        _say(f"importance matrix: {len(rows)} conversations, as many as {like} has")
+        _say(f"importance matrix: {len(rows)} conversations, as many as the other model's has")
     with _report("collecting the importance matrix", out) as progress, atomic_file(out) as beside:
         found = imatrix.collect(
             model,
