@@ -109,43 +109,21 @@ def flops_per_token(rows: list[list[Any]]) -> float:
 
 
 def ours(rows: list[list[Any]], *, compiled: bool, share: bool) -> tuple[list[float], list[float]]:
-    """Return the loss and the seconds of every step of Lorikeet's parts, put together as its loop does."""
-    import torch
-
+    """Return the loss and the seconds of every step of Lorikeet's learner."""
     from lorikeet.config import TuneConfig
-    from lorikeet.tune.adapter import apply_lora, load_base, pick_dtype, trained_parameters
     from lorikeet.tune.batches import pack_all
-    from lorikeet.tune.fast import Scorer
-    from lorikeet.tune.optimizer import make_optimizer, set_learning_rate
+    from lorikeet.tune.learner import Learner
     from lorikeet.weights import resolve_model
 
-    torch.manual_seed(7)
-    config = TuneConfig(learning_rate=RATE, weight_decay=0.0)
-    device = torch.device("cpu")
-    dtype = pick_dtype("auto", device)
-    model = apply_lora(load_base(resolve_model("smollm2-135m-instruct"), dtype, device), config)
-    parameters = trained_parameters(model)
-    optimizer = make_optimizer(parameters, config)
-    scorer = Scorer.build(model, config, dtype=dtype)
-    if compiled and (why := scorer.compile()):
+    config = TuneConfig(learning_rate=RATE, weight_decay=0.0, seed=7)
+    learner = Learner.load(config, resolve_model("smollm2-135m-instruct"))
+    if compiled and (why := learner.scorer.compile()):
         raise SystemExit(why)
-    model.train()
+    learner.model.train()
     losses, seconds = [], []
     for step in rows:
         began = time.perf_counter()
-        batches = pack_all(step, max_tokens=config.max_length, share=share)
-        supervised = sum(len(batch.labels) for batch in batches)
-        total = 0.0
-        scorer.start_step(batches)
-        for batch in batches:
-            loss = scorer.summed_loss(batch) / supervised
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        set_learning_rate(optimizer, RATE)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+        losses.append(learner.step(pack_all(step, max_tokens=config.max_length, share=share), rate=RATE))
         seconds.append(time.perf_counter() - began)
     return losses, seconds
 

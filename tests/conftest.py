@@ -93,7 +93,15 @@ def make_tokenizer(template: str = CHATML, *, bos: str | None = None) -> Any:
     return fast
 
 
-def make_model(folder: Path, *, family: str = "llama", tied: bool = True, tokenizer: Any = None, seed: int = 0) -> Path:
+def make_model(
+    folder: Path,
+    *,
+    family: str = "llama",
+    tied: bool = True,
+    tokenizer: Any = None,
+    seed: int = 0,
+    hidden_size: int = 64,
+) -> Path:
     """Save a random model of two layers with its tokenizer to `folder`, float32, and return it."""
     import torch
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -105,7 +113,7 @@ def make_model(folder: Path, *, family: str = "llama", tied: bool = True, tokeni
     config = config_class(
         **more,
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

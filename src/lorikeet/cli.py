@@ -486,7 +486,9 @@ def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, s
     from lorikeet.weights import PACKAGES, packaged_gguf
 
     if target.startswith(("http://", "https://")):
-        return target, SYSTEM_PROMPT, target
+        from lorikeet.engine import public_address
+
+        return target, SYSTEM_PROMPT, public_address(target)
     path = Path(target).expanduser()
     if (path / "run.json").is_file():
         run = RunFolder.open(path)

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter, Token
 
+from lorikeet.errors import InputError
+
 SYSTEM_PROMPT = (
     "You are Lorikeet, a voice assistant. Answer in one to three short spoken sentences, without lists or symbols. "
     "When search results are given, answer only from them and name the source."
@@ -37,6 +39,13 @@ def _split(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     if not items:
         raise ValueError("the list is empty")
     return items
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise InputError, naming the flag, if one of these whole numbers of a stage's settings is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 1 or more")
 
 
 COMMAS = Parameter(converter=_split, consume_multiple=True, n_tokens=1, negative=())
@@ -225,6 +234,6 @@ class ServeConfig:
     queue: int = 32
     """How many more may wait; beyond that the answer is 503."""
     max_answer_tokens: int = 512
-    """Longest answer unless the request says less."""
+    """Longest answer unless the request says otherwise; with --public longest of all."""
     temperature: float = 0.3
     """Sampling temperature unless the request says otherwise."""

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, their hashes, and what a disk's errors mean.
+"""Files that appear whole or not at all, their hashes, locks, and what a disk's errors mean.
 
     with atomic_folder(run / "adapter") as folder: ...     # written beside, renamed into place
     write_atomic(path, text)
+    with alone(run, command="tune"): ...                   # no other process of this command is in the folder
 
 It knows nothing of what the files hold.
 """
@@ -11,12 +12,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorikeet.errors import MachineError
+from filelock import FileLock, Timeout
+
+from lorikeet.errors import InputError, MachineError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+NO_SUCH_PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors, tokenizers) tell in the text of their own exceptions what the system said."""
 
 
 def sha256_file(path: Path) -> str:
@@ -37,20 +48,64 @@ def sha256_tree(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+def _errno(error: BaseException | None) -> int | None:
+    """Return the system's number of what went wrong; None for an error that is about something else."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found.group(1)) if found else None
+
+
 def is_full(error: BaseException | None) -> bool:
     """Say whether `error` means that the disk, or what may be used of it, is full."""
-    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return _errno(error) in FULL
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """Return the MachineError for a full, read-only or failing disk; `error` itself if it is about something else."""
-    if is_full(error):
-        return MachineError(
-            f"cannot write {path}: {error.strerror}; what was there is kept: free some space and try again"
-        )
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}:
-        return MachineError(f"cannot write {path}: {error.strerror}; fix its rights, or choose another disk")
+def disk_error(error: Exception, path: Path) -> Exception:
+    """Return what `error` means for who asked for `path`; `error` itself if it is about something else.
+
+    A full, read-only or failing disk is a MachineError, a path where nothing can be written an InputError.
+    """
+    number = _errno(error)
+    said = os.strerror(number) if number is not None else ""
+    if number in FULL:
+        return MachineError(f"cannot write {path}: {said}; what was there is kept: free some space and try again")
+    if number in REFUSED:
+        return MachineError(f"cannot write {path}: {said}; fix its rights, or choose another disk")
+    if number in NO_SUCH_PLACE:
+        return InputError(f"cannot write {path}: {said}; name another place")
     return error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what a disk's error in the block means for `path`: MachineError or InputError, as `disk_error` says."""
+    try:
+        yield
+    except Exception as error:
+        meant = disk_error(error, path)
+        if meant is error:
+            raise
+        raise meant from error
+
+
+@contextmanager
+def alone(folder: Path, *, command: str) -> Iterator[None]:
+    """Keep other processes of `command` out of `folder`, which is made if it is missing; a killed one holds nothing.
+
+    Raises InputError if one is at work.
+    """
+    lock = FileLock(folder / f".{command}.lock", timeout=0)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another lorikeet {command} is writing {folder}; wait for it to end, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def size_bytes(path: Path) -> int:
@@ -81,19 +136,12 @@ def could_go(removable: Sequence[Path]) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk and rename it into place; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    """Write `data` beside `path`, flush it to the disk and rename it into place; missing folders are made.
+
+    Raises MachineError when the disk is at fault, InputError where `path` can be no file.
+    """
+    with atomic_file(path) as beside:
+        beside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_changed(path: Path, text: str) -> None:
@@ -132,49 +180,56 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _beside(path: Path) -> Path:
+    """Return where what will be `path` is written first."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it into place if the block ends well, else remove it.
 
-    Raises MachineError when the disk is at fault.
+    Raises MachineError when the disk is at fault, InputError where `path` can be no file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        if not path.name or path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file")
+        beside = _beside(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            _sync(beside)
+            beside.replace(path)
+            _sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder beside `path` to fill; put it in place of `path` if the block ends well, else remove it.
 
-    Raises MachineError when the disk is at fault.
+    Raises MachineError when the disk is at fault, InputError where `path` can be no folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        for file in (*beside.rglob("*"), beside):
-            _sync(file)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            beside.rename(path)
-            _sync(path.parent)
-            shutil.rmtree(old)
-        else:
-            beside.rename(path)
-            _sync(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
+    with writing(path):
+        if not path.name or path.is_file():
+            raise InputError(f"cannot write {path}: no folder can be there; name another place")
+        beside = _beside(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            yield beside
+            for file in (*beside.rglob("*"), beside):
+                _sync(file)
+            if path.exists():
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                path.rename(old)
+                beside.rename(path)
+                _sync(path.parent)
+                shutil.rmtree(old)
+            else:
+                beside.rename(path)
+                _sync(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.errors import InputError, MachineError
-from lorikeet.files import sha256_tree, write_atomic
+from lorikeet.files import sha256_tree, write_atomic, writing
 
 NO_LIMIT_BYTES = 1 << 62
 
@@ -28,6 +28,11 @@ LIBRARIES_ADDRESS_BYTES = 2_000_000_000
 """Addresses that torch, transformers and numba take with a model of no size; what they hold in memory is a quarter of it."""
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: fewer than the machine has where it, or its container, is bound to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resident_bytes(*, peak: bool = False) -> int:
@@ -136,13 +141,20 @@ class RunFolder:
 
         Raises InputError if `root` is a file or a folder that holds anything.
         """
-        if root.exists() and (not root.is_dir() or any(not path.name.endswith(".part") for path in root.iterdir())):
-            raise InputError(
-                f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"
-            )
+        cls.require_free(root)
         run = cls(root)
         run._write({"status": "created", "config": config, "artefacts": {}, **environment()})
         return run
+
+    @classmethod
+    def require_free(cls, root: Path) -> None:
+        """Raise InputError if `root` cannot be a new run: it is a file, or a folder that holds more than a lock or leftovers."""
+        with writing(root):
+            held = root.is_dir() and any(not path.name.endswith((".part", ".lock")) for path in root.iterdir())
+            if held or (root.exists() and not root.is_dir()):
+                raise InputError(
+                    f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"
+                )
 
     @classmethod
     def open(cls, root: Path) -> RunFolder:
@@ -154,7 +166,7 @@ class RunFolder:
             manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{run.manifest_path} cannot be read ({error}); restore it or tune again") from error
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("artefacts"), dict):
+        if not isinstance(manifest, dict) or not _are_artefacts(manifest.get("artefacts")):
             raise InputError(f"{run.manifest_path} is not a run's manifest; restore it or tune again")
         return run
 
@@ -268,8 +280,8 @@ class RunFolder:
         return [name for name in names if (self.root / name).exists()]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append one JSON object to `metrics.jsonl`."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        """Append one JSON object to `metrics.jsonl`. Raises MachineError when the disk is at fault."""
+        with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -277,7 +289,7 @@ class RunFolder:
         if not self.metrics_path.exists():
             return []
         rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -286,3 +298,10 @@ class RunFolder:
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_atomic(self.manifest_path, json.dumps(manifest, indent=2, default=str) + "\n")
+
+
+def _are_artefacts(entries: Any) -> bool:
+    """Say whether `entries` is what `record` leaves in a manifest: every artefact with the hashes of its files."""
+    return isinstance(entries, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), dict) for entry in entries.values()
+    )

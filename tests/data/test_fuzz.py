@@ -6,12 +6,15 @@ import gzip
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorikeet.cli import run as run_cli
+from lorikeet.data.inspect import _prompts
+from lorikeet.data.instructions import load_prompts
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
 
@@ -22,6 +25,7 @@ ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 1e308, "", " ", "\0", "\ud800", "\u202e", "x" * 10_000, [], {}, [[]], [{}], {"a": []},
     [None], ["text"], [1, [2, [3]]], {"role": "user"}, {"role": "user", "content": None}, {"from": "gpt", "value": 7},
     {"role": "wizard", "content": "hi"}, {"role": ["user"], "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    [{"title": "a", "url": "http://[x", "snippet": "b"}], [{"title": "\ud800", "url": "u", "snippet": "b"}], "http://[x", "a\nb",
     {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "{}"},
 )  # fmt: skip
 """What stands where something else should."""
@@ -42,6 +46,13 @@ FILES: dict[str, bytes] = {
     "nul.csv": b"instruction,output\na\0b,c\0d\n",
     "quote.csv": b'instruction,output\n"never closed, and so on\n' + b"a,b\n" * 50,
     "ragged.csv": b"instruction,output\na\na,b,c,d\n,,,\n",
+    "brackets.csv": b"messages\n" + b"[" * 200_000 + b"\n",
+    "wide.csv": b"instruction,output\n" + b"a," * 5000 + b"b\n",
+    "names.csv": b",,\xff\n1,2,3\n",
+    "sources.jsonl": b'{"messages": [{"role": "user", "content": "a", "sources": [{"title": "\\ud800", "url": "http://[x", "snippet": ""}]},'
+    b' {"role": "assistant", "content": "b"}]}\n',
+    "id.jsonl": b'{"id": "\\ud800\\n", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+    "keys.jsonl": b'{"a\\nb": 1, "\\ud800": 2}\n',
     "cells.csv": b'messages\n"[{""role"": 3}]"\n"[1,2"\n',
     "utf16.jsonl": json.dumps(GOOD[0]).encode("utf-16"),
     "utf32.json": json.dumps(GOOD[:3]).encode("utf-32"),
@@ -76,11 +87,21 @@ def read(path: Path) -> str:
         for conversation in loaded.conversations:
             assert conversation.messages[-1].role == "assistant"
             assert all(m.content.encode() and "\0" not in m.content for m in conversation.messages)
+            assert conversation.origin.encode() and "\n" not in conversation.origin
     except InputError as error:
         ended = str(error)
         assert ended and "\n" not in ended
     assert time.monotonic() - began < 10
     return ended
+
+
+def refused(reader: Callable[[Path], Any], path: Path) -> str:
+    """Return the one line that refused a file, '' if none did."""
+    try:
+        reader(path)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def mutated(dice: random.Random) -> bytes:
@@ -101,6 +122,7 @@ def mutated(dice: random.Random) -> bytes:
             row["messages"].reverse()
         elif isinstance(turn := dice.choice(row["messages"]), dict):
             turn[dice.choice(["role", "content", "from", "value", "sources"])] = dice.choice(ODD)
+            row[dice.choice(["id", "system", "a\nb", "\ud800"])] = dice.choice(ODD)
     text = "\n".join(json.dumps(row) for row in rows) if dice.random() < 0.7 else json.dumps(rows)
     data = bytearray(text.encode("utf-8", "surrogatepass"))
     for _ in range(dice.choice([0, 0, 1, 5])):
@@ -148,13 +170,42 @@ def test_parquet_of_odd_columns(tmp_path: Path) -> None:
     assert "not a whole Parquet file" in read(tmp_path / "cut.parquet")
 
 
+def test_files_of_prompts_are_read_or_refused_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    data = tmp_path / "good.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in GOOD))
+    texts = {**FILES, "listed.jsonl": b'{"prompt": "a", "instruction_id_list": [[]], "kwargs": ["x"]}\n',
+             "kwargs.jsonl": b'{"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": ["x"]}\n'}  # fmt: skip
+    for name, content in texts.items():
+        if not name.endswith(("json", "jsonl")):
+            continue
+        path = tmp_path / name
+        path.write_bytes(content)
+        for reader in (lambda given: _prompts(str(given)), load_prompts):
+            assert "\n" not in refused(reader, path)
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "\\ud800"}')
+    page = tmp_path / "page.html"
+    for name in ("deep.jsonl", "binary.jsonl", "odd.jsonl"):
+        asked = [
+            "inspect",
+            str(data),
+            "--model",
+            str(tiny_model),
+            "--out",
+            str(page),
+            "--against",
+            str(tmp_path / name),
+        ]
+        assert run_cli(asked) == (0 if name == "odd.jsonl" else 2)
+
+
 def test_tune_and_inspect_refuse_in_one_line(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "good.jsonl").write_text("\n".join(json.dumps(row) for row in GOOD))
-    for name in ("empty.jsonl", "binary.jsonl", "deep.json", "magic.parquet", "utf16.jsonl", "latin.csv", "none"):
+    for name in ("empty.jsonl", "binary.jsonl", "deep.json", "magic.parquet", "utf16.jsonl", "latin.csv", "none", "keys.jsonl",
+                 "sources.jsonl", "brackets.csv", "quote.csv", "id.jsonl"):  # fmt: skip
         (tmp_path / name).write_bytes(FILES[name])
     for path in sorted(tmp_path.iterdir()):
         if path.name == "good.jsonl":

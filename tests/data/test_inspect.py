@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorikeet.cli import run
-from lorikeet.data.encode import encode_all
+from lorikeet.data.encode import TOO_LONG, encode_all
 from lorikeet.data.inspect import inspect_data, write_page
 from lorikeet.data.load import load_conversations
 from lorikeet.data.near import NearIndex, shingles
@@ -88,6 +88,32 @@ def test_data_too_small_to_tune_is_shown_all_the_same(tmp_path: Path, tiny_model
     report = inspect_data(str(path), model=str(tiny_model))
     assert report["conversations"] == 3 and report["split"]["possible"] is False
     assert "at least 24 are needed" in report["split"]["why_not"]
+
+
+def test_it_is_split_and_cut_by_the_settings_it_is_given(planted: Path, tiny_model: Path) -> None:
+    given = {"model": str(tiny_model), "max_length": 200, "validation_share": 0.3, "heldout_share": 0.2}
+    report = inspect_data(str(planted), on_long="drop", **given)
+    assert (report["split"]["validation"], report["split"]["heldout"]) == (19, 13)
+    assert report["truncated"]["conversations"] == 0 and report["left_out"]["reasons"] == {TOO_LONG: 1}
+    assert inspect_data(str(planted), on_long="error", **given)["truncated"]["conversations"] == 1
+
+
+def test_names_that_are_no_text_and_markup_are_shown(tmp_path: Path, tiny_model: Path) -> None:
+    for name in ("chats[/b].jsonl", "caf\udce9.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = write_jsonl(tmp_path / name, make_conversations(3))
+        out = tmp_path / "page.html"
+        assert run(["inspect", str(path), "--model", str(tiny_model), "--out", str(out), "--json"]) == 0
+        assert name.encode("utf-8", "replace").decode() in out.read_text(encoding="utf-8")
+    assert run(["inspect", str(tmp_path / "chats[/b].jsonl"), "--model", str(tiny_model), "--out", str(out)]) == 0
+
+
+def test_a_page_that_can_be_no_file_is_one_line(
+    planted: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (".", str(tmp_path)):
+        assert run(["inspect", str(planted), "--model", str(tiny_model), "--out", out]) == 2
+        assert capsys.readouterr().err == f"lorikeet: cannot write {out}: it is a folder; name a file\n"
 
 
 def test_what_the_data_holds_is_never_markup(tmp_path: Path, tiny_model: Path) -> None:

@@ -86,7 +86,9 @@ def test_a_trailing_question_is_cut(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "x"}]}', "not text"),
         ('{"messages": [{"role": "user", "content": "a\\u0000"}, {"role": "assistant", "content": "x"}]}', "null byte"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "UTF-8"),
+        ('{"messages": [{"role": [3], "content": "a"}, {"role": "assistant", "content": "x"}]}', "turn 1 has no role"),
         ('"a string"', "is a str"),
+        ('{"a\\nb": 1, "\\ud800": 2}', "it has: a b, ?"),
         ('{"text": "x"}', "has none of messages"),
     ],
 )
@@ -98,6 +100,102 @@ def test_a_broken_row_is_named_by_line_and_the_rest_goes_on(tmp_path: Path, line
     ((where, reason),) = [(broken.where, broken.why) for broken in loaded.broken]
     assert where == f"{path}:151"
     assert why in reason
+
+
+def sourced(**source: Any) -> dict[str, Any]:
+    found = {"title": "Trains", "url": "https://trains.example/", "snippet": "At nine."} | source
+    return {"messages": [{"role": "user", "content": "When?", "sources": [found]}, MESSAGES["messages"][1]]}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ({"url": "http://[x"}, "a source whose url is none"),
+        ({"url": None}, "turn 1 has no content"),
+        ({"title": "\ud800"}, "is not UTF-8 text"),
+        ({"snippet": ["a"]}, "content that is not text"),
+    ],
+)
+def test_sources_that_cannot_be_rendered_break_their_row_alone(tmp_path: Path, source: Any, why: str) -> None:
+    loaded = load_conversations(str(save(tmp_path / "a.jsonl", [sourced()] * 120 + [sourced(**source)])))
+    assert len(loaded.conversations) == 120
+    (broken,) = loaded.broken
+    assert why in broken.why
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        ("a\nb", "a b"),
+        ("\ud800", "?"),
+        (7, "7"),
+        ("x" * 900, "x" * 300 + " ..."),
+        ([[1]], "{path}:1"),
+        ("", "{path}:1"),
+    ],
+)
+def test_a_rows_name_is_one_line_that_can_be_written(tmp_path: Path, name: Any, origin: str) -> None:
+    path = save(tmp_path / "a.jsonl", [{"id": name, **MESSAGES}])
+    (conversation,) = load_conversations(str(path)).conversations
+    assert conversation.origin == origin.format(path=path)
+
+
+def csv_file(path: Path, lines: list[str]) -> str:
+    path.write_text("instruction,output\n" + "".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def test_csv_goes_on_after_a_field_that_is_too_long(tmp_path: Path) -> None:
+    lines = [f"a{n},b" for n in range(300)]
+    path = csv_file(tmp_path / "a.csv", [*lines[:200], f"{'x' * (9 << 20)},b", *lines[200:]])
+    loaded = load_conversations(path)
+    assert len(loaded.conversations) == 300
+    assert [(b.where, b.why) for b in loaded.broken] == [
+        (f"{path}:202", "is not CSV (field larger than field limit (8388608))")
+    ]
+
+
+@pytest.mark.parametrize("after", [[], ['"quoted, too",b'], ["x" * (9 << 20)]])
+def test_a_quote_that_swallows_rows_is_refused_with_its_line(tmp_path: Path, after: list[str]) -> None:
+    lines = [f"a{n},b" for n in range(200)]
+    path = csv_file(tmp_path / "a.csv", [*lines, '"never closed,b', *lines, *after])
+    with pytest.raises(
+        InputError, match=r"a.csv:202: a quote that is opened here takes in all up to line 40\d"
+    ) as caught:
+        load_conversations(path, strict=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_cells_beyond_the_columns_break_their_row(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", ["a,b"] * 150 + ["What is 2,3?,five", "a,b,,", "a"])
+    loaded = load_conversations(path, strict=False)
+    assert len(loaded.conversations) == 151
+    assert [(b.where.rpartition(":")[2], b.why) for b in loaded.broken] == [
+        ("152", "has more cells than the first line; put a text with commas in quotes"),
+        ("154", "turn 2 has no content"),
+    ]
+
+
+def test_cells_over_several_lines_and_brackets_are_text(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", ['"one\ntwo","[1, 2]"', 'say ""hi"",[x', f"a,{'[' * 200_000}"])
+    loaded = load_conversations(path)
+    answers = [c.messages[1].content for c in loaded.conversations]
+    assert answers[:2] == ["[1, 2]", "[x"] and len(answers[2]) == 200_000
+    assert loaded.conversations[0].messages[0].content == "one\ntwo"
+
+
+def test_parquet_columns_that_are_not_read_cannot_break_it(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    far = pyarrow.array([10**15] * 150, pyarrow.timestamp("ms"))
+    plain = pyarrow.table({"instruction": ["a"] * 150, "output": ["b"] * 150, "when": far})
+    parquet.write_table(plain, tmp_path / "beside.parquet")
+    assert len(load_conversations(str(tmp_path / "beside.parquet")).conversations) == 150
+    output = pyarrow.array([10**15] + [0] * 149, pyarrow.timestamp("ms"))
+    parquet.write_table(pyarrow.table({"instruction": ["a"] * 150, "output": output}), tmp_path / "in.parquet")
+    loaded = load_conversations(str(tmp_path / "in.parquet"), strict=False)
+    assert "cannot be read" in loaded.broken[0].why and len(loaded.broken) == 150
 
 
 def test_more_than_one_percent_broken_stops(tmp_path: Path) -> None:
@@ -124,6 +222,13 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
     with pytest.raises(InputError, match=message) as caught:
         load_conversations(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_disk_takes_is_one_line() -> None:
+    for name in ("x" * 400, "x" * 5000 + ".jsonl"):
+        with pytest.raises(InputError, match=r"^x+ \.\.\. cannot be read: File name too long") as caught:
+            load_conversations(name)
+        assert len(str(caught.value)) < 400
 
 
 def test_a_missing_file_names_the_packaged_data() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
 from lorikeet.data.encode import encode_all
@@ -18,8 +19,9 @@ from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import document_attention
 from lorikeet.tune.batches import pack, pack_all
 from lorikeet.tune.fast import FAMILIES, Scorer
+from lorikeet.tune.forecast import measure
 
-from ..conftest import make_conversations, make_model
+from ..conftest import make_conversations, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -171,6 +173,35 @@ def test_a_family_that_is_not_known_is_scored_the_plain_way_and_named(tmp_path: 
     assert together == pytest.approx(sum(scorer.summed_loss(pack([row])).item() for row in rows), rel=1e-4)
 
 
+def test_layers_that_are_not_attention_see_one_conversation_a_row(tmp_path: Path) -> None:
+    """LFM2's convolutions would go on from one conversation of a row into the next."""
+    tokenizer = make_tokenizer()
+    text = CONFIG_MAPPING["lfm2"](
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(text).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = TuneConfig(lora_dropout=0.0, target_modules=("q_proj", "k_proj"))
+    model = apply_lora(load_base(tmp_path / "model", torch.float32, CPU), config)
+    scorer = Scorer.build(model, config, dtype=torch.float32)
+    rows = rows_of(tmp_path / "model")
+    alone = [scorer.summed_loss(pack([row])).item() for row in rows]
+    assert scorer.summed_loss(pack(rows)).item() != pytest.approx(sum(alone), rel=1e-4)  # what packing would do
+    batches = pack_all(rows, max_tokens=scorer.packed_tokens, share=scorer.fast)
+    assert len(batches) == len(rows)
+    assert sum(scorer.summed_loss(batch).item() for batch in batches) == pytest.approx(sum(alone), rel=1e-6)
+    forecast = measure(scorer, rows, config, steps=3, validation_tokens=10)
+    assert forecast.largest_tokens == max(len(row.ids) for row in rows)
+
+
 def test_checkpointing_recomputes_the_same_gradients_dropout_included(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     found = []
@@ -206,9 +237,14 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
 ) -> None:
     config = TuneConfig(lora_dropout=0.0)
     scorer = Scorer.build(apply_lora(load_base(tiny_model, torch.float32, CPU), config), config, dtype=torch.float32)
-    monkeypatch.setattr(fast.shutil, "which", lambda _: None)
-    assert "there is no C++ compiler" in scorer.compile()
-    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++")
+    here = {"clang++"}
+    monkeypatch.setattr(fast.shutil, "which", lambda name: f"/usr/bin/{name}" if name in here else None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert "there is no C++ compiler g++" in scorer.compile()  # torch.compile looks for no other
+    here.add("g++")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert "there is no C++ compiler /nowhere/c++" in scorer.compile()  # nor for another than CXX names
+    monkeypatch.delenv("CXX")
     monkeypatch.setattr(fast.sysconfig, "get_path", lambda _: "/nowhere")
     assert "Python's headers" in scorer.compile()
     assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0

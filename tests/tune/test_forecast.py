@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from lorikeet.cli import run as run_cli
 from lorikeet.config import TuneConfig
@@ -18,7 +19,7 @@ from lorikeet.tune.adapter import apply_lora, load_base
 from lorikeet.tune.fast import Scorer
 from lorikeet.tune.forecast import Forecast, measure
 
-from ..conftest import make_conversations
+from ..conftest import make_conversations, make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,41 @@ def test_what_does_not_fit_is_refused_with_settings_that_would(tiny_model: Path,
     with pytest.raises(MachineError, match="choose a smaller model"):
         replace(tight, fixed_bytes=2_000_000_000).require(config, tmp_path)
     replace(tight, available_bytes=3_000_000_000).require(config, tmp_path)
+
+
+def test_a_disk_without_room_is_refused_with_the_setting_that_takes_less(tiny_model: Path, tmp_path: Path) -> None:
+    _, found = measured(tiny_model, TuneConfig())
+    full = replace(found, disk_bytes=5 * 10**17, checkpoint_bytes=10**17)
+    with pytest.raises(MachineError, match=r"free some or choose another disk; --save-total-limit 1 needs 3\d+\.0 GB$"):
+        full.require(TuneConfig(save_total_limit=3), tmp_path)
+    with pytest.raises(MachineError, match=r"free some or choose another disk$"):
+        full.require(TuneConfig(save_total_limit=1), tmp_path)
+
+
+def test_weights_without_room_are_refused_with_the_setting_that_takes_less(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "available_bytes", lambda _: 1000)
+    for device, dtype, in_4bit, advice in (
+        (CPU, torch.float32, False, "choose --dtype bfloat16 or a smaller model"),
+        (CPU, torch.bfloat16, False, "choose a smaller model"),
+        (torch.device("cuda"), torch.bfloat16, False, "choose --load-in-4bit or a smaller model"),
+        (torch.device("cuda"), torch.bfloat16, True, "choose a smaller model"),
+    ):
+        with pytest.raises(MachineError, match=f"{advice}$"):
+            forecast.require_room_for_weights(tiny_model, dtype, device, in_4bit=in_4bit)
+
+
+def test_a_model_that_also_sees_is_measured_by_its_language_model(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 16}
+    sight = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    _, found = measured(tmp_path, TuneConfig())
+    assert found.checkpointed_bytes_per_token > 2 * 64 * 4
 
 
 def test_a_machine_without_room_ends_with_3_and_leaves_no_run(

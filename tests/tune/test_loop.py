@@ -175,7 +175,14 @@ def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"target_modules": ("q_proj", "qkv")}, "target_modules: qkv not in .*q_proj"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number"),
+        ({"epochs": float("inf")}, "epochs is inf"),
+        ({"max_minutes": float("inf")}, "max_minutes is inf"),
+        ({"seed": 20261125123456}, "seed is 20261125123456; it must be from 0 to 4294967295"),
+        ({"dtype": "fp16"}, "dtype is fp16; it must be one of auto, float32"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora and init_lora_weights pissa exclude each other"),
+        ({"target_modules": ("q_proj", "lm_head")}, "lm_head cannot get an adapter"),
+        ({"target_modules": ("q_proj", "qkv")}, "target_modules: qkv cannot get an adapter in .*q_proj"),
         ({"data": "missing.jsonl"}, "missing.jsonl is not there"),
         ({"model": "/nowhere"}, "/nowhere"),
     ],
@@ -185,7 +192,7 @@ def test_bad_settings_leave_nothing_behind(
 ) -> None:
     with pytest.raises(InputError, match=message):
         loop.tune(replace(config, **change), out=tmp_path / "run")
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_there_is_not_touched(config: TuneConfig, tmp_path: Path) -> None:

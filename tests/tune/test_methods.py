@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.encode import encode_all
+from lorikeet.errors import Interrupted
 from lorikeet.export.stage import export
 from lorikeet.prompt import PromptFormat
 from lorikeet.tune import loop
@@ -95,7 +96,7 @@ def test_eight_bit_moments_resume_bit_for_bit(config: TuneConfig, tmp_path: Path
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.RunFolder, "append_metrics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="go on with: lorikeet tune --resume"):
         loop.tune(config, out=tmp_path / "broken")
     monkeypatch.setattr(loop.RunFolder, "append_metrics", append)
     resumed = loop.resume(tmp_path / "broken")

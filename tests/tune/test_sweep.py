@@ -11,7 +11,7 @@ import pytest
 
 from lorikeet.cli import run as run_cli
 from lorikeet.config import TuneConfig
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, Interrupted
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
 from lorikeet.tune.sweep import parse_space, resume_sweep, sweep
@@ -52,7 +52,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(
         return tune(given, out=out)
 
     monkeypatch.setattr(loop, "tune", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=rf"stopped; go on with: lorikeet tune --resume {tmp_path / 'broken'}$"):
         sweep(config, specs, trials=0, out=tmp_path / "broken")
     assert run_cli(["tune", "--resume", str(tmp_path / "broken")]) == 0
     assert [path.name for path in calls] == ["trial-000", "trial-001", "trial-001", "trial-002"]
@@ -98,6 +98,8 @@ def test_fewer_trials_are_chosen_from_the_combinations(config: TuneConfig, tmp_p
         ("max_length=1,2", "changes what is validated on"),
         ("target_modules=q_proj", "no such setting"),
         ("learning_rate=0,1", "learning_rate is 0.0; it must be above 0"),
+        ("dtype=float32,fp16", "dtype is fp16; it must be one of auto, float32, bfloat16, float16"),
+        ("optim=adamw,sgd", "optim is sgd; it must be one of adamw, adamw_8bit"),
     ],
 )
 def test_what_cannot_be_swept_is_said_in_one_line(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lorikeet.config import TuneConfig
+from lorikeet.errors import Interrupted
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop, track
 from lorikeet.tune.live import draw_line
@@ -138,7 +139,7 @@ def test_resumed_tracking_has_each_step_once(config: TuneConfig, tmp_path: Path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "append_metrics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         loop.tune(config, out=tmp_path / "run")
     monkeypatch.setattr(RunFolder, "append_metrics", append)
     run = loop.resume(tmp_path / "run")

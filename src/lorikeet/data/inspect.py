@@ -51,12 +51,16 @@ def inspect_data(
     *,
     model: str,
     max_length: int = TuneConfig.max_length,
+    on_long: str = TuneConfig.on_long,
     system_prompt: str = "",
     against: Sequence[str] = (),
+    validation_share: float = TuneConfig.validation_share,
+    heldout_share: float = TuneConfig.heldout_share,
     seed: int = TuneConfig.seed,
 ) -> dict[str, Any]:
     """Return the report on `data` as tuning `model` would see it, ready for JSON.
 
+    The settings are those of `tune`; where `on_long` is `error`, what is too long is shown as truncated all the same.
     `against` names files of evaluation prompts that should not be in the data. Raises InputError if data, model or
     one of these files cannot be read at all; broken rows are counted and named instead.
     """
@@ -66,8 +70,9 @@ def inspect_data(
     conversations = [c.with_system(system_prompt) for c in loaded.conversations]
     prompt = PromptFormat.load(resolve_model(model))
     distinct = deduplicate(conversations)
-    encoding = encode_all(prompt, distinct, max_length=max_length, on_long="truncate")
-    parts, why_not = _parts(distinct, seed)
+    on_long = "drop" if on_long == "drop" else "truncate"
+    encoding = encode_all(prompt, distinct, max_length=max_length, on_long=on_long)
+    parts, why_not = _parts(distinct, seed, validation_share=validation_share, heldout_share=heldout_share)
     near = _near_pairs(distinct)
     return {
         "data": data,
@@ -143,10 +148,8 @@ def _near_pairs(distinct: Sequence[Conversation]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _parts(distinct: Sequence[Conversation], seed: int) -> tuple[Split | None, str]:
-    defaults = TuneConfig()
+def _parts(distinct: Sequence[Conversation], seed: int, **shares: float) -> tuple[Split | None, str]:
     try:
-        shares = {"validation_share": defaults.validation_share, "heldout_share": defaults.heldout_share}
         return split(distinct, seed=seed, **shares), ""
     except InputError as error:
         return None, str(error)
@@ -213,10 +216,10 @@ def _prompts(name: str) -> list[str]:
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
         found = [row.get("prompt", row.get("question")) for row in rows]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{name} cannot be read as JSON or JSON lines of evaluation prompts: {error}") from error
     if all(isinstance(prompt, str) for prompt in found):
-        return found
+        return [prompt.encode("utf-8", "replace").decode() for prompt in found]
     loaded = load_conversations(name, strict=False)
     prompts = [m.content for c in loaded.conversations for m in c.messages if m.role == "user"]
     if not prompts:
@@ -278,7 +281,8 @@ def write_page(report: dict[str, Any], path: Path) -> None:
 
     source = (resources.files("lorikeet.data") / "inspect.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    write_atomic(path, environment.from_string(source).render(report=report, facts=facts(report)))
+    page = environment.from_string(source).render(report=report, facts=facts(report))
+    write_atomic(path, page.encode("utf-8", "replace"))  # a file's name need not be text
 
 
 def facts(report: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -328,9 +332,8 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Show the report in a terminal: facts, histogram, and the mask of the samples in colour."""
-    table = Table(
-        title=f"{report['data']}, as {report['model']} would be tuned on it", show_header=False, title_justify="left"
-    )
+    title = Text(f"{report['data']}, as {report['model']} would be tuned on it")
+    table = Table(title=title, show_header=False, title_justify="left")
     for what, value, notable in facts(report):
         table.add_row(what, Text(value, style="yellow" if notable else ""))
     console.print(table)

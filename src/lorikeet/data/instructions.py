@@ -23,7 +23,11 @@ def load_prompts(file: Path | None) -> list[Instructed]:
         return _parse(_packaged("instructions.jsonl"), "the packaged prompts")
     if not file.is_file():
         raise InputError(f"--ifeval {file} is not there; give a JSONL file in IFEval's layout")
-    prompts = _parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--ifeval {file} cannot be read: {error}; give a JSONL file in IFEval's layout") from error
+    prompts = _parse(text, str(file))
     if not prompts:
         raise InputError(f"{file} holds no prompts; give a JSONL file in IFEval's layout")
     return prompts
@@ -44,7 +48,7 @@ def _packaged(name: str) -> str:
 
 
 def _parse(text: str, origin: str) -> list[Instructed]:
-    return [_prompt(line, f"{origin}:{n}") for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    return [_prompt(line, f"{origin}:{n}") for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def _prompt(line: str, origin: str) -> Instructed:
@@ -52,7 +56,7 @@ def _prompt(line: str, origin: str) -> Instructed:
         row = json.loads(line)
         pairs = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
         return Instructed(str(row["prompt"]), tuple(parse_instruction(name, values) for name, values in pairs))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{origin} is no row in IFEval's layout (prompt, instruction_id_list, kwargs): {error}"
         ) from error

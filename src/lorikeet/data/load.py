@@ -13,8 +13,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lorikeet.config import PACKAGED_DATA, SYSTEM_PROMPT
 from lorikeet.data.clean import LEAST_CONVERSATIONS
@@ -31,6 +33,14 @@ MAX_ROW_BYTES = 8 << 20
 
 PREFERENCE = "preference"
 """The layout of rows with `chosen` and `rejected` answers; the chosen ones are learned from."""
+
+FIELDS = (
+    "id", "messages", "conversations", "conversation", "system", "instruction", "input", "output", "prompt", "chosen", "rejected",
+)  # fmt: skip
+"""What is read of a row."""
+
+SHOWN_CHARACTERS = 300
+"""Of what a row holds, so much is told to a person."""
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -88,7 +98,7 @@ def load_conversations(name: str, *, strict: bool = True) -> Loaded:
                     raise row
                 layout, conversation = _conversation(row, where)
             except _RowError as error:
-                broken.append(Broken(where, str(error)))
+                broken.append(Broken(_one_line(where), _one_line(str(error))))
             else:
                 layouts[layout] = None
                 conversations.append(ground_conversation(conversation))
@@ -117,7 +127,10 @@ def _files(name: str) -> list[Path]:
     if name == PACKAGED_DATA:
         folder = Path(str(resources.files("lorikeet.data") / "spoken"))
         return sorted(folder.glob("*.jsonl"))
-    path = resolve_data(name)
+    try:
+        path = resolve_data(name)
+    except OSError as error:
+        raise InputError(f"{_one_line(name)} cannot be read: {error.strerror or error}; check the path") from error
     if path.is_file():
         return [path]
     files = sorted(file for pattern in DATA_PATTERNS for file in path.rglob(pattern) if _is_data(file))
@@ -216,23 +229,44 @@ def _parse(data: bytes) -> Any:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a CSV file. Raises InputError where a quote takes in lines, so that rows cannot be told apart."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as text:
-        reader = csv.DictReader(text)
-        try:
-            for row in reader:
-                yield f"{file}:{reader.line_num}", {key: _cell(value) for key, value in row.items() if key is not None}
-        except csv.Error as error:
-            yield f"{file}:{reader.line_num}", _RowError(f"is not CSV ({error})")
+        rows = csv.reader(text, strict=True)
+        head: list[str] = []
+        while True:
+            begun = rows.line_num + 1
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if rows.line_num > begun or "unexpected end" in str(error):
+                    raise InputError(
+                        f"{file}:{begun}: a quote that is opened here takes in all up to line {rows.line_num} ({error}); "
+                        'close it, and write a quote inside of quotes twice ("")'
+                    ) from error
+                yield f"{file}:{begun}", _RowError(f"is not CSV ({error})")
+                continue
+            if not head:
+                head = cells
+            elif any(cells[len(head) :]):
+                yield (
+                    f"{file}:{begun}",
+                    _RowError("has more cells than the first line; put a text with commas in quotes"),
+                )
+            elif cells:
+                yield f"{file}:{begun}", {name: _cell(cell) for name, cell in zip_longest(head, cells[: len(head)])}
 
 
 def _cell(value: Any) -> Any:
-    """Return a CSV cell: a list of turns is written there as JSON."""
+    """Return a CSV cell: a list of turns is written there as JSON, every other text is a text."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            return json.loads(value)
-        except ValueError:
+            turns = json.loads(value)
+        except (ValueError, RecursionError):
             return value
+        return turns if all(isinstance(turn, dict) for turn in turns) else value
     return value
 
 
@@ -244,15 +278,27 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise MissingExtraError("pyarrow", "tune") from error
     try:
         table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
         number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+        # Other columns may hold what Python cannot: dates after the year 9999, say.
+        for batch in table.iter_batches(batch_size=1024, columns=[name for name in FIELDS if name in names] or names):
+            for row in _python_rows(batch):
                 number += 1
                 yield f"{file}:row {number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except pyarrow.ArrowException as error:
         raise InputError(
             f"{file} is not a whole Parquet file ({str(error).splitlines()[0]}); write it again"
         ) from error
+
+
+def _python_rows(batch: Any) -> list[Any]:
+    """Return the rows of an Arrow batch; one with a value that Python cannot hold comes as a `_RowError`."""
+    try:
+        return list(batch.to_pylist())
+    except (OverflowError, ValueError) as error:
+        if len(batch) == 1:
+            return [_RowError(f"cannot be read ({error})")]
+        return [row for place in range(len(batch)) for row in _python_rows(batch.slice(place, 1))]
 
 
 def why_broken(row: Any) -> str | None:
@@ -295,7 +341,9 @@ def _turns(turns: list[Any]) -> list[Message]:
             raise _RowError(f"turn {number} is a {type(turn).__name__}, not an object")
         name = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if not isinstance(name, str) or name.lower() not in ROLES:
+        if not isinstance(name, str):
+            raise _RowError(f"turn {number} has no role; known are system, user and assistant")
+        if name.lower() not in ROLES:
             raise _RowError(f"turn {number} has the role {name!r}; known are system, user and assistant")
         message = Message(ROLES[name.lower()], _text(content, number), _sources(turn.get("sources"), number))
         messages.append(replace(message, supervised=turn.get("weight") != 0))
@@ -304,7 +352,8 @@ def _turns(turns: list[Any]) -> list[Message]:
 
 def _text(content: Any, number: int) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        parts = [part.get("text", "") for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
     if not isinstance(content, str):
         raise _RowError(f"turn {number} has {'no content' if content is None else 'content that is not text'}")
     try:
@@ -320,9 +369,21 @@ def _sources(sources: Any, number: int) -> tuple[Source, ...]:
     if sources is None:
         return ()
     try:
-        return tuple(Source(str(s["title"]), str(s["url"]), str(s["snippet"])) for s in sources)
+        found = tuple(Source(*(_text(s[name], number) for name in ("title", "url", "snippet"))) for s in sources)
     except (TypeError, KeyError) as error:
         raise _RowError(f"turn {number} has sources without title, url and snippet") from error
+    for source in found:
+        try:
+            urlsplit(source.url)
+        except ValueError as error:
+            raise _RowError(f"turn {number} has a source whose url is none ({error})") from error
+    return found
+
+
+def _one_line(text: str) -> str:
+    """Return `text` as one line that can be printed and written anywhere, not longer than a person reads."""
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
 def _chosen(row: dict[str, Any]) -> list[Message]:
@@ -371,4 +432,6 @@ def _checked(messages: list[Message], where: str, row: dict[str, Any]) -> Conver
             raise _RowError(f"turn {number} is a system turn, which may only come first")
     if all(message.role != "user" for message in messages):
         raise _RowError("has no user turn")
-    return Conversation(tuple(m for m in messages if m.content.strip()), str(row.get("id") or where))
+    name = row.get("id")
+    origin = _one_line(str(name)) if isinstance(name, str | int) else ""
+    return Conversation(tuple(m for m in messages if m.content.strip()), origin or _one_line(where))

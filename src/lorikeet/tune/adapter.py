@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import InputError, MachineError, MissingExtraError
+from lorikeet.errors import InputError, MachineError, MissingExtraError, is_out_of_memory
 from lorikeet.weights import quiet_transformers
 
 if TYPE_CHECKING:
@@ -52,10 +53,13 @@ def pick_dtype(asked: str, device: torch.device) -> torch.dtype:
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool = False) -> Any:
     """Return the causal language model in `folder`, ready to be tuned, its linear layers in NF4 if `in_4bit`.
 
-    Raises InputError if it cannot be read, MachineError if 4 bits are asked for and there is no GPU.
+    Raises InputError if it cannot be read or lacks weights, MachineError if 4 bits are asked for and there is no GPU.
     """
     quiet_transformers()
-    more: dict[str, Any] = {}
+    # Its report of weights is a table; what matters of it is said below.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+    # With bitsandbytes weights have other names and shapes than in the file: there transformers' own check must do.
+    more: dict[str, Any] = {"ignore_mismatched_sizes": not in_4bit, "output_loading_info": True}
     if in_4bit:
         if device.type != "cuda":
             raise MachineError("load_in_4bit needs a CUDA GPU and there is none; tune without it")
@@ -67,15 +71,23 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, *, in_4bit
         )
         more["device_map"] = {"": device.index or 0}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "gpu") from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises what its reader happens to meet
+        if is_out_of_memory(error):
+            raise
+        why = " ".join(" ".join(str(error).split("\n")[:2]).split())
+        raise InputError(f"{folder} is no causal language model that can be loaded: {why}") from error
+    model, found = loaded
+    wrong = [] if in_4bit else sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:
         raise InputError(
-            f"{folder} is no causal language model that can be loaded: {str(error).splitlines()[0]}"
-        ) from error
+            f"{folder} lacks weights that its config.json asks for, or has them in another shape ({', '.join(wrong[:3])}); "
+            "restore its files"
+        )
     model.config.use_cache = False
-    return model if in_4bit else model.to(device)  # type: ignore[arg-type]  # a decorator hides that it takes a device
+    return model if in_4bit else model.to(device)
 
 
 def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
@@ -107,13 +119,15 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
     return tuned
 
 
-def check_targets(model: torch.nn.Module, config: TuneConfig) -> None:
-    """Raise InputError for target modules that `model` does not have, naming those it has."""
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+def check_targets(model: Any, config: TuneConfig) -> None:
+    """Raise InputError for target modules that `model` does not have, naming those it has; its head is none of them."""
+    head = model.get_output_embeddings()  # the loss reads it, and it is often the embedding, which export writes once
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {name.rpartition(".")[2] for name, module in linear.items() if module is not head}
     missing = [name for name in config.target_modules if name not in found]
     if missing:
         raise InputError(
-            f"target_modules: {', '.join(missing)} not in {config.model}; its linear layers are {', '.join(sorted(found))}"
+            f"target_modules: {', '.join(missing)} cannot get an adapter in {config.model}; what can: {', '.join(sorted(found))}"
         )
 
 

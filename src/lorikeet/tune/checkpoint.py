@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import InputError
@@ -87,6 +90,13 @@ def latest(run: RunFolder) -> Path | None:
     return found[-1] if found else None
 
 
+def spare(run: RunFolder) -> list[Path]:
+    """Return the checkpoints that going on does not need: all but the newest, and the best that it knows of."""
+    *older, newest = sorted((run.root / "checkpoints").glob("step-*"))
+    best = json.loads((newest / STATE).read_text())["best_step"]
+    return [path for path in older if path != folder(run, best)]
+
+
 def restore(
     path: Path,
     parameters: dict[str, torch.nn.Parameter],
@@ -95,24 +105,38 @@ def restore(
 ) -> State:
     """Set parameters, optimizer, loss scale and random state to the checkpoint's and return its counters.
 
-    Raises InputError if it does not belong to this run's adapter.
+    Raises InputError if it cannot be read or does not belong to this run's adapter.
     """
-    load_parameters(path, parameters)
-    tensors = load_file(path / OPTIMIZER)
-    for name, parameter in parameters.items():
-        entries = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
-        optimizer.state[parameter] = {
-            key: _step(value) if key == "step" else value.to(parameter.device) for key, value in entries.items()
-        }
-    scale = {key.removeprefix(SCALER): value.item() for key, value in tensors.items() if key.startswith(SCALER)}
-    if scale:
-        scaler.load_state_dict(
-            {key: int(v) if key.endswith(("interval", "tracker")) else v for key, v in scale.items()}
-        )
-    torch.set_rng_state(tensors["random"])
-    if "random_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random_cuda"])
-    return State(**json.loads((path / STATE).read_text()))
+    with _readable(path):
+        load_parameters(path, parameters)
+        tensors = load_file(path / OPTIMIZER)
+        for name, parameter in parameters.items():
+            entries = {
+                key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name
+            }
+            optimizer.state[parameter] = {
+                key: _step(value) if key == "step" else value.to(parameter.device) for key, value in entries.items()
+            }
+        scale = {key.removeprefix(SCALER): value.item() for key, value in tensors.items() if key.startswith(SCALER)}
+        if scale:
+            scaler.load_state_dict(
+                {key: int(v) if key.endswith(("interval", "tracker")) else v for key, v in scale.items()}
+            )
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"])
+        return State(**json.loads((path / STATE).read_text()))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged checkpoint raises in the block into InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); remove it to go on from the checkpoint before it"
+        ) from error
 
 
 def _step(value: torch.Tensor) -> torch.Tensor | int:
@@ -121,8 +145,9 @@ def _step(value: torch.Tensor) -> torch.Tensor | int:
 
 
 def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Set the adapter's parameters to the checkpoint's. Raises InputError if names or shapes differ."""
-    saved = load_file(path / ADAPTER)
+    """Set the adapter's parameters to the checkpoint's. Raises InputError if it cannot be read, or names or shapes differ."""
+    with _readable(path):
+        saved = load_file(path / ADAPTER)
     if {name: tuple(value.shape) for name, value in saved.items()} != {
         name: tuple(value.shape) for name, value in parameters.items()
     }:

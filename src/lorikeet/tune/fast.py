@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,11 +36,11 @@ MEMORY_BUDGET = 0.9
 """Share of a compiled block's activations that is kept for the backward pass; the cheapest to compute again are not. Measured
 on SmolLM2: 2.5 instead of 2.6 GB at the same speed; 0.8 takes 1.7 GB and a fifth of the speed."""
 
+DEFAULT_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
+"""The one that torch.compile takes where CXX names none."""
+
 KERNELS = 128
 """Compiled products that oneDNN keeps. With its own 1,024 memory grows as long as steps bring documents of other lengths."""
-
-COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
-"""Any of these will do for torch.compile on a CPU."""
 
 
 class LastBlock:
@@ -78,6 +79,9 @@ class Scorer:
     """Whether attention and loss are those of the fast path."""
     masks: Masks | None
     """Dropout of the fused LoRA layers; None where PEFT's own layers compute."""
+    packed_tokens: int
+    """Up to so many tokens of several conversations make one row; 0 on the plain path, where each is a row of its own: a
+    family that is not known may have layers other than attention, which would go on from one conversation into the next."""
     plain: list[str] = field(default_factory=list)
     """What is computed the plain way, each with its reason, for a person to read."""
 
@@ -99,15 +103,17 @@ class Scorer:
             masks = fuse_linears(model)
         elif fast:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
-        return cls(model, dtype, fast, masks, plain)
+        return cls(model, dtype, fast, masks, config.max_length if fast else 0, plain)
 
     def compile(self) -> str:
         """Compile the decoder's blocks and return ''; where that cannot be done, return why and leave them."""
         if not self.fast:
             return "only blocks of the fast path are compiled"
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        if on_cpu and not any(shutil.which(name) for name in COMPILERS):
-            return "there is no C++ compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
+        if on_cpu and not shutil.which(compiler := os.environ.get("CXX", DEFAULT_COMPILER)):
+            return (
+                f"there is no C++ compiler {compiler} (set CXX, or on Debian, Ubuntu: apt-get install g++ python3-dev)"
+            )
         if on_cpu and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             return "Python's headers are not here (Debian, Ubuntu: apt-get install python3-dev)"
         from torch._functorch import config as partitioner

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import MachineError
+from lorikeet.errors import InputError, MachineError
 from lorikeet.files import require_disk
 from lorikeet.prompt import Encoded
 from lorikeet.run import free_bytes, resident_bytes
@@ -53,6 +53,9 @@ class Forecast:
     available_bytes: int
     """What this process may take, what it holds already included."""
     disk_bytes: int
+    """Checkpoints and the adapter."""
+    checkpoint_bytes: int
+    """One checkpoint."""
 
     @property
     def memory_bytes(self) -> int:
@@ -76,13 +79,22 @@ class Forecast:
 
     def require(self, config: TuneConfig, folder: Path) -> None:
         """Raise MachineError, naming settings that would do, if memory or the disk of `folder` is too small."""
-        require_disk(folder, self.disk_bytes)
+        self._require_disk(config, folder)
         if self.memory_bytes <= self.available_bytes:
             return
         raise MachineError(
             f"tuning needs about {self.memory_bytes / 1e9:.1f} GB of memory and {self.available_bytes / 1e9:.1f} GB are "
             f"free; {' or '.join(self._remedies(config)) or 'close other programs or choose a smaller model'}"
         )
+
+    def _require_disk(self, config: TuneConfig, folder: Path) -> None:
+        least = self.disk_bytes - (config.save_total_limit - 1) * self.checkpoint_bytes
+        try:
+            require_disk(folder, self.disk_bytes)
+        except MachineError as error:
+            if config.save_total_limit == 1:
+                raise
+            raise MachineError(f"{error}; --save-total-limit 1 needs {least / 1e9:.1f} GB") from error
 
     def _remedies(self, config: TuneConfig) -> list[str]:
         room = (self.available_bytes - self.fixed_bytes) / MARGIN
@@ -109,19 +121,25 @@ def require_room_for_weights(folder: Path, dtype: torch.dtype, device: torch.dev
     needed = int(stored / _stored_itemsize(folder) * per_weight)
     free = available_bytes(device)
     if needed > free:
+        less = "--load-in-4bit" if device.type == "cuda" else "--dtype bfloat16"
+        is_least = in_4bit or (device.type == "cpu" and dtype == torch.bfloat16)
         raise MachineError(
             f"the weights of {folder.name} take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
-            "close other programs or choose a smaller model"
+            f"close other programs or choose {'' if is_least else f'{less} or '}a smaller model"
         )
 
 
 def _stored_itemsize(folder: Path) -> int:
-    from safetensors import safe_open
+    """Return the bytes of a stored weight. Raises InputError for a file of weights that cannot be read."""
+    from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            name = next(iter(opened.keys()))
-            return {"F32": 4, "F64": 8}.get(str(opened.get_slice(name).get_dtype()), 2)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                    return {"F32": 4, "F64": 8}.get(str(opened.get_slice(name).get_dtype()), 2)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be read ({error}); restore the model's files") from error
     return 2
 
 
@@ -134,7 +152,7 @@ def measure(
     """
     device = next(scorer.model.parameters()).device
     per_step = config.batch_size * config.gradient_accumulation_steps
-    typical = pack_all(rows[: per_step * PROBES], max_tokens=config.max_length, share=scorer.fast)
+    typical = pack_all(rows[: per_step * PROBES], max_tokens=scorer.packed_tokens, share=scorer.fast)
     batches = [batch.to(device) for batch in typical[len(typical) // 2 :][:PROBES]]
     batches = (batches * PROBES)[:PROBES]
     parameters = trained_parameters(scorer.model)
@@ -155,8 +173,8 @@ def measure(
     # Forward alone takes about a third of a step.
     total_s = steps * tokens_per_step / rate + validations * validation_tokens / (3 * rate)
     lengths = sorted((len(row.ids) for row in rows), reverse=True)
-    largest = max(lengths[0], min(config.max_length, sum(lengths[:per_step])))
-    text = scorer.model.config
+    largest = max(lengths[0], min(scorer.packed_tokens, sum(lengths[:per_step])))
+    text = scorer.model.config.get_text_config()
     each = kept / batches[0].row_tokens
     layers = int(text.num_hidden_layers)
     recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
@@ -165,8 +183,9 @@ def measure(
     # On a GPU only what lies there counts, and of that what is there already is not free any more.
     fixed = (held if device.type == "cpu" else 0) + 12 * weights + logits
     free = available_bytes(device) + (held if device.type == "cpu" else 0)
-    disk = (config.save_total_limit + 2) * checkpoint.size_bytes(parameters) + 4 * weights
-    return Forecast(steps, rate, total_s, largest, each, recomputed, fixed, free, disk)
+    one = checkpoint.size_bytes(parameters)
+    disk = (config.save_total_limit + 2) * one + 4 * weights
+    return Forecast(steps, rate, total_s, largest, each, recomputed, fixed, free, disk, one)
 
 
 def _kept_bytes(scorer: Scorer, batch: Batch) -> int:

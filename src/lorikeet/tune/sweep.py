@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -22,11 +21,13 @@ from typing import Any
 import optuna
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import InputError
-from lorikeet.files import atomic_file, write_atomic
+from lorikeet.errors import InputError, Interrupted
+from lorikeet.files import alone, atomic_file, write_atomic
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
 from lorikeet.tune.plot import plot_sweep
+from lorikeet.tune.progress import say
+from lorikeet.tune.stop import stoppable
 
 SWEEP = "sweep.json"
 
@@ -99,11 +100,9 @@ def sweep(config: TuneConfig, specs: Sequence[str], *, trials: int, out: Path) -
     2011) from those before. Raises InputError for settings that cannot be tuned.
     """
     space = parse_space(specs)
-    for name, values in space.items():
-        for value in values:
-            loop.check(replace(config, **{name: value}))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; name another folder with --out, or: lorikeet tune --resume {out}")
+    for values in _combinations(space):
+        loop.check(replace(config, **values))
+    RunFolder.require_free(out)
     settings = {"config": asdict(config), "space": space, "trials": trials, "done": []}
     write_atomic(out / SWEEP, json.dumps(settings, indent=2) + "\n")
     return resume_sweep(out)
@@ -112,15 +111,31 @@ def sweep(config: TuneConfig, specs: Sequence[str], *, trials: int, out: Path) -
 def resume_sweep(out: Path) -> Path:
     """Run the trials that are left of the sweep in `out`, write table and plot, and return the best run's folder.
 
-    Raises InputError if no trial gave a loss.
+    Raises InputError if `out` holds no whole sweep, another process is at work there, or no trial gave a loss, and
+    Interrupted, which says how to go on, when it is stopped.
     """
-    settings = json.loads((out / SWEEP).read_text(encoding="utf-8"))
-    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
-    config = TuneConfig(**fixed)
-    space: Space = settings["space"]
-    done = [Trial(**trial) for trial in settings["done"]]
-    combinations = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    total = min(len(combinations), settings["trials"] or len(combinations))
+    way_on = f"go on with: lorikeet tune --resume {out}"
+    with alone(out, command="tune"):
+        try:
+            with stoppable(lambda: f"stopped; {way_on}"):
+                return _report(out, _run_trials(out))
+        except Interrupted as error:
+            raise Interrupted(f"{str(error).partition(';')[0]}; {way_on}") from error
+
+
+def _run_trials(out: Path) -> list[Trial]:
+    """Run the trials that are left of the sweep in `out`; return all of them."""
+    try:
+        settings = json.loads((out / SWEEP).read_text(encoding="utf-8"))
+        config = loop.read_config(settings["config"])
+        space: Space = settings["space"]
+        done = [Trial(**trial) for trial in settings["done"]]
+        combinations = _combinations(space)
+        total = min(len(combinations), settings["trials"] or len(combinations))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{out / SWEEP} cannot be read ({type(error).__name__}: {error}); start the sweep again in a new folder"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed), direction="minimize")
     if total == len(combinations):
@@ -133,7 +148,7 @@ def resume_sweep(out: Path) -> Path:
             said = ", ".join(
                 f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
             )
-            print(f"\ntrial {number + 1} of {total}: {said}", file=sys.stderr, flush=True)
+            say(f"\ntrial {number + 1} of {total}: {said}")
             done.append(_run_trial(replace(config, **values), out / f"trial-{number:03d}", values))
             settings["done"] = [asdict(trial) for trial in done]
             write_atomic(out / SWEEP, json.dumps(settings, indent=2) + "\n")
@@ -142,7 +157,11 @@ def resume_sweep(out: Path) -> Path:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
             study.tell(asked, loss)
-    return _report(out, done)
+    return done
+
+
+def _combinations(space: Space) -> list[dict[str, Any]]:
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
 def _run_trial(config: TuneConfig, root: Path, values: dict[str, Any]) -> Trial:

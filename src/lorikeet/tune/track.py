@@ -14,7 +14,6 @@ import io
 import netrc
 import os
 import secrets
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 from lorikeet.config import TuneConfig
 from lorikeet.errors import MissingExtraError
 from lorikeet.run import RunFolder
+from lorikeet.tune.progress import say
 
 PROJECT = "lorikeet"
 
@@ -153,7 +153,7 @@ class Trackers:
             except ImportError as error:
                 raise MissingExtraError(name, "track") from error
             except Exception as error:  # noqa: BLE001  # whatever a tracker's library raises, tuning goes on without it
-                _say(f"{name} could not start and is left out: {_first_line(error)}")
+                say(f"{name} could not start and is left out: {_first_line(error)}")
         return cls(opened)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ class Trackers:
         """Close every tracker and say how to look at it."""
         self._each(lambda tracker: tracker.finish(summary))
         for tracker in self._opened.values():
-            _say(f"tracked: {tracker.hint}")
+            say(f"tracked: {tracker.hint}")
 
     def _each(self, do: Any) -> None:
         for name, tracker in list(self._opened.items()):
@@ -173,7 +173,7 @@ class Trackers:
                 do(tracker)
             except Exception as error:  # noqa: BLE001  # as above
                 del self._opened[name]
-                _say(f"{name} failed and is left out from here on: {_first_line(error)}")
+                say(f"{name} failed and is left out from here on: {_first_line(error)}")
 
 
 def _open(name: str, run: RunFolder, settings: dict[str, Any], track_id: str, first_step: int) -> Tracker:
@@ -203,7 +203,3 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
