@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +149,28 @@ def test_a_model_without_a_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         PromptFormat(tokenizer)
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 'never' }}"}
+    tokenizer.save_pretrained(tmp_path)
+    prompt = PromptFormat.load(tmp_path)
+    assert prompt.template == CHATML
+    assert supervised_text(prompt, talk("is it?", "yes")) == "yes<|im_end|>"
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(InputError, match="has the chat templates rag, tool_use and none called default"):
+        PromptFormat(tokenizer)
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "tokenizer.json").read_text())
+    for damaged in ({}, [], held | {"model": None}, held | {"added_tokens": 3}, held | {"model": {"type": "BPE"}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="holds no tokenizer that can be read") as caught:
+            PromptFormat.load(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_the_template_refuses_is_one_line() -> None:

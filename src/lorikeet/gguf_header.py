@@ -75,6 +75,11 @@ def read_header(path: Path) -> Header:
                 raise InputError(f"{path} is damaged or truncated ({error}); fetch or export it again") from error
     if not tensors or not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
         raise InputError(f"{path} holds no language model (no tensors or no vocabulary); export it again")
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    if not all(isinstance(token, str) for token in metadata["tokenizer.ggml.tokens"]) or not isinstance(types, list):
+        raise InputError(
+            f"{path} is damaged (its tokens are no texts, or have no list of types); fetch or export it again"
+        )
     return Header(metadata, tensors)
 
 

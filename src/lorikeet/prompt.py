@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, is_out_of_memory
 from lorikeet.messages import Conversation, Message
 
 if TYPE_CHECKING:
@@ -64,14 +64,25 @@ class PromptFormat:
     """A tokenizer with its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take a fast tokenizer with a chat template. Raises InputError if it has none."""
-        if not tokenizer.chat_template:
+        """Take a fast tokenizer with a chat template; of several with names, the one called `default`.
+
+        Raises InputError if it has none.
+        """
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            if "default" not in template:
+                raise InputError(
+                    f"the model's tokenizer has the chat templates {', '.join(sorted(template))} and none called default; "
+                    "call the one to tune with default"
+                )
+            template = template["default"]
+        if not template:
             raise InputError(
                 "the model's tokenizer has no chat template, so it cannot be tuned for conversation; "
                 "choose an instruct model, such as smollm2-135m-instruct"
             )
         self.tokenizer = tokenizer
-        self.template = str(tokenizer.chat_template)
+        self.template = str(template)
         self.specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.stop_ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
@@ -85,8 +96,13 @@ class PromptFormat:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a damaged tokenizer.json raises what its reader happens to meet
+            if is_out_of_memory(error):
+                raise
+            why = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"{folder} holds no tokenizer that can be read ({type(error).__name__}: {why}); restore its files"
+            ) from error
         return cls(tokenizer)
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:

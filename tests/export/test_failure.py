@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,40 @@ def test_an_export_that_will_not_fit_writes_nothing(run: RunFolder, monkeypatch:
     with pytest.raises(MachineError, match=r"free and .* are needed; .*could go: .*checkpoints"):
         export(run.root, ONE)
     assert not (run.root / "merged").exists()
+
+
+def test_another_strength_that_will_not_fit_changes_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(run.root, replace(ONE, strength="1"))
+    before, adapter = run.manifest(), sha256_tree(run.root / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "BYTES_PER_WEIGHT", dict.fromkeys(stage.BYTES_PER_WEIGHT, 1e12))
+        with pytest.raises(MachineError, match=r"free and .* are needed"):
+            export(run.root, replace(ONE, strength="0.5"))
+    assert run.manifest() == before and sha256_tree(run.root / "adapter") == adapter
+
+
+@pytest.mark.parametrize("phase", ["merge", "write_gguf"])
+def test_the_last_export_is_served_until_the_next_strength_is_there(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    export(run.root, ExportConfig(quant=("q8_0", "q4_0"), imatrix=False, strength="1"))
+    weaker = replace(ONE, strength="0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, phase, killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(run.root, weaker)
+    for quant in ("q8_0", "q4_0"):
+        run.require(f"gguf/model-{quant}.gguf", command="lorikeet export")
+        run.verify(f"gguf/model-{quant}.gguf")
+    first = artefacts(run)
+    export(run.root, weaker)
+    found = run.manifest()["artefacts"]
+    assert found["merged"]["strength"] == found["gguf/model-q8_0.gguf"]["strength"] == 0.5
+    assert "gguf/model-q4_0.gguf" not in found
+    assert artefacts(run)["gguf"]["model-q8_0.gguf"] != first["gguf"]["model-q8_0.gguf"]
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 46, dtype=torch.uint8), lambda: np.empty(1 << 46)])

@@ -154,6 +154,13 @@ def test_a_system_prompt_that_a_modelfile_would_change(system: str, tmp_path: Pa
     assert "unchanged" in write_modelfile(make_run(tmp_path, system=system))
 
 
+def test_a_template_that_go_would_print_otherwise(tmp_path: Path) -> None:
+    run = make_run(tmp_path, template=CHATML.replace("'<|im_start|>'", "'\U000e0001<|im_start|>'"))
+    why = "its chat template cannot be written for Ollama: a character that cannot be seen"
+    assert write_modelfile(run) == why
+    assert run.manifest()["modelfile"] == {"why": why} and not (run.root / "Modelfile").exists()
+
+
 def test_the_file_lies_where_ollama_looks(tmp_path: Path) -> None:
     run = make_run(tmp_path, system='Be "brief".\nTwo lines.')
     assert write_modelfile(run) == ""

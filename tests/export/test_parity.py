@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
@@ -14,6 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -30,7 +35,7 @@ from lorikeet.export.checks import Checks
 from lorikeet.export.parity import describe, divergence, gap_at_difference, verify
 from lorikeet.export.stage import export
 from lorikeet.export.trained import Greedy
-from lorikeet.files import sha256_text
+from lorikeet.files import sha256_file, sha256_text
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
 from lorikeet.weights import base_gguf_path
@@ -58,11 +63,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 BOS_TEMPLATE = "{{ bos_token }}" + CHATML
 
 
-def tune(out: Path, base: Path, *, seed: int) -> RunFolder:
+def tune(out: Path, base: Path, *, seed: int, **more: Any) -> RunFolder:
     data = write_jsonl(out.with_suffix(".jsonl"), make_conversations())
     return loop.tune(
         TuneConfig(
-            model=str(base), data=str(data), max_steps=12, learning_rate=1e-2, lora_alpha=32, dtype="float32", seed=seed
+            model=str(base),
+            data=str(data),
+            max_steps=12,
+            learning_rate=1e-2,
+            lora_alpha=32,
+            dtype="float32",
+            seed=seed,
+            **more,
         ),
         out=out,
     )
@@ -89,9 +101,13 @@ def exported(run: RunFolder, *quants: Any) -> RunFolder:
 
 def record(run: RunFolder, *names: str) -> None:
     """Make run.json say that the artefacts are what they are now, made from the adapter that is there now."""
-    adapter = run.manifest()["artefacts"]["adapter"]["sha256"]["adapter_model.safetensors"]
+    manifest = run.manifest()
+    about = {
+        "adapter_sha256": manifest["artefacts"]["adapter"]["sha256"]["adapter_model.safetensors"],
+        "strength": manifest.get("strength", {}).get("strength"),
+    }
     for name in names:
-        run.record(name, run.root / name, **({} if name == "adapter" else {"adapter_sha256": adapter}))
+        run.record(name, run.root / name, **({} if name == "adapter" else about))
 
 
 def failed(run: RunFolder) -> set[str]:
@@ -205,6 +221,14 @@ def swapped_adapter_without_checkpoints(run: RunFolder) -> None:
     record(run, "adapter")
 
 
+def swapped_adapter_without_checkpoints_or_a_change_of_loss(run: RunFolder) -> None:
+    """What tuning left is known by its hash alone: a step of rounding moves no loss."""
+    shutil.rmtree(run.root / "checkpoints")
+    path = run.root / "adapter" / "adapter_model.safetensors"
+    save_file({name: value * (1 + 1e-6) for name, value in load_file(path).items()}, path)
+    record(run, "adapter")
+
+
 def stronger_adapter(run: RunFolder) -> None:
     edit_json(run.root / "adapter" / "adapter_config.json", lora_alpha=64)
     record(run, "adapter")
@@ -290,6 +314,7 @@ def system_prompt_forgotten(run: RunFolder) -> None:
         (missing_stop, "stop_token"),
         (swapped_adapter, "adapter_is_tuned"),
         (swapped_adapter_without_checkpoints, "validation_loss"),
+        (swapped_adapter_without_checkpoints_or_a_change_of_loss, "adapter_is_tuned"),
         (stronger_adapter, "adapter_scale"),
         (other_base, "validation_loss"),
     ],
@@ -356,6 +381,44 @@ def test_rows_in_the_wrong_order_are_caught(run: RunFolder, monkeypatch: pytest.
     monkeypatch.setattr(gguf, "permute", lambda weight, heads: weight)
     exported(run)
     assert {"weights_q8_0", "kl_mean_q8_0"} <= failed(run)
+
+
+@pytest.mark.usefixtures("no_route")
+def test_a_long_validation_part_is_compared_in_part(
+    home: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "VALIDATION_TOKENS", 150)
+    monkeypatch.setattr(parity, "FEWEST_ROWS", 4)
+    export(run.root, ExportConfig(formats=("adapter",), strength="1"))
+    assert failed(run) == set()
+    check = next(
+        c for c in json.loads((run.reports / "parity.json").read_text())["checks"] if c["name"] == "validation_loss"
+    )
+    assert (
+        "of 8 conversations, so the limit has the noise of the draw" in check["notes"][1]
+        and check["limit"] > parity.VALIDATION_LIMIT
+    )
+    shutil.copytree(home / "other", run.root.parent / "other")
+    swapped_adapter_without_checkpoints(run)
+    assert "validation_loss" in failed(run)
+
+
+@pytest.mark.usefixtures("no_route")
+def test_another_adapter_in_a_pissa_run_is_caught(home: Path, tmp_path: Path) -> None:
+    run, other = (tune(tmp_path / n, home / "base", seed=s, init_lora_weights="pissa") for n, s in (("a", 1), ("b", 2)))
+    export(run.root, ExportConfig(formats=("adapter",), strength="1"))
+    assert failed(run) == set()
+    shutil.copyfile(
+        other.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_model.safetensors"
+    )
+    record(run, "adapter")
+    run.update(
+        tuned={
+            **run.manifest()["tuned"],
+            "adapter_sha256": sha256_file(run.root / "adapter" / "adapter_model.safetensors"),
+        }
+    )
+    assert "adapter_is_tuned" in failed(run)
 
 
 # -------------------------------------------------------------------------------------------- faults after the export
@@ -437,6 +500,133 @@ def test_a_fault_after_export_is_caught_by_its_name(
     assert "recorded_files" not in found
 
 
+@pytest.mark.usefixtures("no_route")
+def test_files_of_the_same_data_and_another_seed_are_caught_in_few_bits_too(home: Path, run: RunFolder) -> None:
+    quants = ("q5_k_m", "q4_k_m", "q4_0")
+    other = RunFolder.open(Path(shutil.copytree(home / "other", run.root.parent / "other")))
+    for each in (run, other):
+        exported(each, *quants)
+    assert failed(run) == set()
+    for quant in quants:
+        name = f"gguf/model-{quant}.gguf"
+        shutil.copyfile(other.root / name, run.root / name)
+        run.record(
+            name,
+            run.root / name,
+            **{k: v for k, v in run.manifest()["artefacts"][name].items() if k not in {"complete", "sha256"}},
+        )
+    assert {f"blocks_{quant}" for quant in quants} <= failed(run)
+
+
+@pytest.mark.usefixtures("home", "no_route")
+def test_a_file_whose_importance_matrix_is_gone_cannot_be_certified(run: RunFolder) -> None:
+    exported(run, "q4_0")
+    (run.root / "data" / "imatrix.gguf").unlink()
+    assert failed(run) == {"readable"}
+    assert (
+        "imatrix.gguf is not an importance matrix" in describe(json.loads((run.reports / "parity.json").read_text()))[1]
+    )
+    exported(run, "q4_0")
+    assert failed(run) == set()
+
+
+# ------------------------------------------------------------------------------------- artefacts that libraries cannot read
+
+
+def of_another_base(home: Path) -> RunFolder:
+    """Return an exported run on a base with more tokens and wider rows."""
+    tokenizer = make_tokenizer(BOS_TEMPLATE, bos=BOS)
+    tokenizer.add_tokens(["lorikeet", "parakeet"])
+    run = tune(home / "wide", make_model(home / "wide-base", tokenizer=tokenizer, hidden_size=128), seed=1)
+    return exported(run)
+
+
+@pytest.fixture(scope="module")
+def wide(home: Path) -> RunFolder:
+    return of_another_base(home)
+
+
+def gguf_of_another_base(run: RunFolder, wide: RunFolder) -> None:
+    shutil.copyfile(wide.root / Q8, run.root / Q8)
+    record(run, Q8)
+
+
+def merged_of_another_base(run: RunFolder, wide: RunFolder) -> None:
+    shutil.rmtree(run.root / "merged")
+    shutil.copytree(wide.root / "merged", run.root / "merged")
+    record(run, "merged")
+
+
+def adapter_of_another_base(run: RunFolder, wide: RunFolder) -> None:
+    shutil.rmtree(run.root / "adapter")
+    shutil.copytree(wide.root / "adapter", run.root / "adapter")
+    record(run, "adapter", "merged", Q8)
+
+
+def damaged_weights(run: RunFolder, _: RunFolder) -> None:
+    path = run.root / "merged" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    record(run, "merged")
+
+
+def width_that_is_no_number(run: RunFolder, _: RunFolder) -> None:
+    edit_json(run.root / "merged" / "config.json", hidden_size="abc")
+    record(run, "merged")
+
+
+def damaged_tokenizer(run: RunFolder, _: RunFolder) -> None:
+    (run.root / "merged" / "tokenizer.json").write_text('{"model": []}')
+    record(run, "merged")
+
+
+def damaged_generation_config(run: RunFolder, _: RunFolder) -> None:
+    (run.root / "merged" / "generation_config.json").write_text("{")
+    record(run, "merged")
+
+
+def unknown_architecture(run: RunFolder, _: RunFolder) -> None:
+    edit_gguf(run.root / Q8, "general.architecture", "lluma")
+    record(run, Q8)
+
+
+def no_merged(run: RunFolder, _: RunFolder) -> None:
+    shutil.rmtree(run.root / "merged")
+
+
+def no_merged_and_none_recorded(run: RunFolder, _: RunFolder) -> None:
+    shutil.rmtree(run.root / "merged")
+    run.forget("merged")
+
+
+@pytest.mark.usefixtures("no_route")
+@pytest.mark.parametrize(
+    ("plant", "name", "note"),
+    [
+        (gguf_of_another_base, "kl_mean_q8_0", "tokens to choose from"),
+        (merged_of_another_base, "kl_mean_merged", "tokens to choose from"),
+        (adapter_of_another_base, "adapter_is_tuned", "is not what the best checkpoint holds"),
+        (adapter_of_another_base, "readable", "size mismatch"),
+        (damaged_weights, "readable", "SafetensorError"),
+        (width_that_is_no_number, "readable", "hidden_size"),
+        (damaged_tokenizer, "tokenizer", "holds no tokenizer that can be read"),
+        (damaged_generation_config, "readable", "JSONDecodeError"),
+        (unknown_architecture, "header_q8_0", "general.architecture is lluma"),
+        (no_merged, "recorded_files", "merged is in run.json and not here; export again"),
+        (no_merged_and_none_recorded, "weights_q8_0", "there is no merged"),
+    ],
+)
+def test_what_cannot_be_read_is_a_check_that_fails_in_a_written_report(
+    run: RunFolder, wide: RunFolder, plant: Callable[[RunFolder, RunFolder], None], name: str, note: str
+) -> None:
+    exported(run)
+    plant(run, wide)
+    assert name in failed(run)
+    certificate = json.loads((run.reports / "parity.json").read_text())
+    found = [check for check in certificate["checks"] if check["name"] == name and not check["pass"]]
+    assert any(note in line for check in found for line in check["notes"]), found
+    assert (run.reports / "parity.html").is_file()
+
+
 @pytest.mark.usefixtures("home")
 def test_a_route_that_answers_otherwise_is_caught(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     exported(run)
@@ -450,6 +640,41 @@ def test_a_route_that_answers_otherwise_is_caught(run: RunFolder, monkeypatch: p
 
     monkeypatch.setattr(served, "ask", shouting)
     assert {"served_prompt_q8_0", "served_answers_q8_0"} <= failed(run)
+
+
+SERVING = """
+import sys, time
+from pathlib import Path
+from lorikeet.export.served import serving
+
+with serving(Path(sys.argv[1]), "q8_0") as url:
+    print(url, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_server_does_not_outlive_who_asks_it(run: RunFolder, end: signal.Signals) -> None:
+    exported(run)
+    with subprocess.Popen([sys.executable, "-c", SERVING, str(run.root)], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout
+        url = asking.stdout.readline().strip()
+        children = Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
+        (server,) = children.read_text().split() if children.is_file() else [""]
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        asking.send_signal(end)
+    deadline = time.monotonic() + 60
+    while answers(url) or Path(f"/proc/{server or 'none'}").exists():
+        assert time.monotonic() < deadline, "the server goes on"
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- answers that quantising turns

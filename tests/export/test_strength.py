@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorikeet import run as running
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.prose import MOST_FORGOTTEN
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, MachineError
 from lorikeet.export import budget, strength, trained
 from lorikeet.export.budget import Clock
 from lorikeet.export.merge import load_adapter
@@ -230,6 +231,25 @@ def test_a_run_without_validation_conversations_keeps_the_whole_adapter(run: Run
     run.forget(strength.VALIDATION)
     entry = settled(run, "auto")
     assert entry["strength"] == 1.0 and "keeps no data/validation.jsonl" in entry["why"] and scale(run) == full
+
+
+def test_memory_is_asked_for_where_strengths_are_measured_alone(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "free_bytes", lambda: 100_000)
+    with pytest.raises(MachineError, match="choosing the adapter's strength takes"):
+        settled(run, "auto")
+    assert settled(run, "0.5")["strength"] == 0.5
+    kept = run.manifest()["artefacts"]
+    run.forget(strength.VALIDATION)
+    assert "keeps no data/validation.jsonl" in settled(run, "auto")["why"]
+    run.update(artefacts=kept, strength=None)
+    path = run.root / "adapter" / strength.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    run.record("adapter", run.root / "adapter")
+    assert "DoRA" in settled(run, "auto")["why"]
+    monkeypatch.setattr(strength, "measure", lambda *_, **__: pytest.fail("measured again"))
+    assert settled(run, "auto")["strength"] == 1.0
 
 
 class Slow:

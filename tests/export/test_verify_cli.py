@@ -52,3 +52,6 @@ def test_no_verify_leaves_the_certificate_out(run: RunFolder, capsys: pytest.Cap
     assert cli.run(["verify", str(run.root / "nothing")]) == 2
     error = capsys.readouterr().err
     assert "nothing is not a run folder" in error.splitlines()[-1]
+    for flag in ("--conversations", "--answers", "--answer-tokens"):
+        assert cli.run(["verify", str(run.root), flag, "0"]) == 2
+        assert capsys.readouterr().err == f"lorikeet: {flag} is 0; it must be 1 or more\n"

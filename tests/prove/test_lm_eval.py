@@ -112,4 +112,4 @@ def test_a_request_of_lm_eval_is_answered(odd: dict[str, Any]) -> None:
     assert [(m.role, m.content) for m in engine.asked[0]] == [(m["role"], m["content"]) for m in body["messages"]]
     told = engine.options[0]
     assert (told["temperature"], told["seed"], told["stop"]) == (0, 1234, body["stop"])
-    assert told["max_tokens"] == min(body["max_tokens"], ServeConfig().max_answer_tokens)
+    assert told["max_tokens"] == body["max_tokens"]

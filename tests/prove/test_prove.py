@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import Encoded, PromptFormat
 from lorikeet.prove.ask import Answer
 from lorikeet.prove.grounding import Probe
-from lorikeet.prove.heldout import Heldout, encode_heldout, only_last_answer
+from lorikeet.prove.heldout import Heldout, encode_heldout, question_of
 from lorikeet.prove.judge import judge
 from lorikeet.prove.measure import Losses, Measured, Noise, Plan, Replies
 from lorikeet.prove.speech import speakability
-from lorikeet.prove.stage import prove
+from lorikeet.prove.stage import _plan, prove
 from lorikeet.run import RunFolder
 from lorikeet.scoring import Scores
 from lorikeet.tune import loop
@@ -142,9 +143,54 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 178 <= covered <= 200
 
 
-def test_only_the_last_answer_is_kept() -> None:
-    row = Encoded(list(range(8)), [False, True, True, False, False, True, True, False])
-    assert only_last_answer(row).supervised == [False] * 5 + [True, True, False]
+def talk(*turns: str) -> Conversation:
+    """Return a conversation: `u` a user's turn, `a` an answer, `-` one that is context alone; what follows is its text."""
+    roles: dict[str, Any] = {"u": ("user", True), "a": ("assistant", True), "-": ("assistant", False)}
+    return Conversation(tuple(Message(roles[t[0]][0], t[1:], supervised=roles[t[0]][1]) for t in turns), "c")
+
+
+@pytest.mark.parametrize(
+    ("conversation", "question"),
+    [
+        (talk("uwhy", "abecause", "uand", "aso"), ["why"]),
+        (talk("ahello", "uwhy", "abecause"), ["hello", "why"]),
+        (talk("uwhy", "-because", "uand", "aso"), ["why", "because", "and"]),
+        (talk("ahello"), []),
+        (talk("ahello", "uwhy", "-because"), []),
+    ],
+)
+def test_a_question_leads_to_an_answer_that_is_learned(conversation: Conversation, question: list[str]) -> None:
+    assert [message.content for message in question_of(conversation)] == question
+
+
+def test_ordinary_conversations_are_compared_by_their_last_learned_answers(tiny_model: Path) -> None:
+    """Some open with the assistant, some end with an answer of weight 0, some have answers before the last."""
+    prompt = PromptFormat.load(tiny_model)
+    talks = [
+        talk("ahello", "uwhy trains", "abread"),
+        talk("ufox", "adogs", "uriver", "amusic", "uwinter", "-summer"),
+        talk("ahello"),
+        talk("uyes", "-no", "utoday", "atomorrow"),
+    ]
+    heldout = encode_heldout(prompt, talks, max_length=200)
+    assert heldout.skipped == 1 and heldout.conversations == [talks[0], talks[1], talks[3]]
+    said = [
+        prompt.tokenizer.decode([i for i, counted in zip(row.ids, row.supervised, strict=True) if counted])
+        for row in heldout.strangers
+    ]
+    assert said == ["bread<|im_end|>", "music<|im_end|>", "tomorrow<|im_end|>"]
+    texts = [prompt.tokenizer.decode(row.ids) for row in heldout.strangers]
+    assert all(word in texts[0] for word in ("fox", "dogs", "river")) and "winter" not in texts[0]
+    for row, own in zip(heldout.strangers, heldout.own, strict=True):
+        last = [i for i, counted in zip(own.ids, own.supervised, strict=True) if counted][-row.supervised_tokens :]
+        assert last == [i for i, counted in zip(row.ids, row.supervised, strict=True) if counted]
+
+
+@pytest.mark.parametrize("flag", ["answers", "max_answer_tokens", "max_instruction_tokens", "resamples"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_settings_that_ask_nothing_are_refused(tmp_path: Path, flag: str, value: int) -> None:
+    with pytest.raises(InputError, match=rf"^--{flag.replace('_', '-')} is {value}; it must be 1 or more$"):
+        prove(tmp_path, ProveConfig(**{flag: value}))  # type: ignore[arg-type]
 
 
 def test_a_stranger_gets_the_answer_and_not_the_question(tiny_model: Path) -> None:
@@ -181,7 +227,9 @@ def test_long_and_empty_answers_cannot_be_spoken() -> None:
     assert not speakability("").speakable
 
 
-def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_run_is_proved_and_reported(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "cache"))
     data = write_jsonl(tmp_path / "chats.jsonl", make_conversations(80))
     config = TuneConfig(model=str(tiny_model), data=str(data), max_steps=30, learning_rate=1e-2, dtype="float32")
@@ -203,6 +251,11 @@ def test_a_real_run_is_proved_and_reported(tmp_path: Path, tiny_model: Path, mon
     assert proof["strength"] == json.loads((run.root / "run.json").read_text())["strength"]["strength"]
     assert sum(proof["seconds"]["tuned"].values()) + proof["seconds"]["noise"] <= proof["seconds"]["total"] + 1
     assert proof["round_trip"] == {"skipped": "turned off: --no-speech"}
+    prompts = tmp_path / "ifeval.jsonl"
+    prompts.write_text('{"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}\n')
+    for limit, is_said in ((96, True), (1280, False)):
+        _plan(run, run.manifest(), ProveConfig(ifeval=str(prompts), max_instruction_tokens=limit))
+        assert ("--max-instruction-tokens 1280" in capsys.readouterr().err) is is_said
     page = (run.reports / "proof.html").read_text()
     assert page.count("<svg") == 2 + 6 and "<polyline" in page
     for axis in ("tuned minus base loss, nats a token", ">conversations<", ">step<", ">nats a token<", "100 %"):

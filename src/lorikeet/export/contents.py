@@ -3,7 +3,7 @@
     compare_weights(path, base, merged, adapted)        # each tensor of a GGUF file against the merged weights
 
 Tensors are decoded by the `gguf` package's own reader, a few rows at a time. What a file should hold is worked out here
-from the base and the configuration, apart from the code that writes it.
+from the base and the configuration, apart from the code that writes it; only `changed_blocks` asks that code again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, quants
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from lorikeet.export.imatrix import Importance
+from lorikeet.export.quantize import KINDS, quantize
+from lorikeet.export.tensors import tensors
 from lorikeet.export.vocabulary import end_of_turn, pre_tokenizer
 from lorikeet.gguf_header import CONTROL_TOKEN, Header
 from lorikeet.prompt import PromptFormat
@@ -31,6 +34,9 @@ Floats = NDArray[np.float32]
 
 CHUNK_VALUES = 1 << 22
 """Values compared at once: 16 MB in float32, a few times."""
+
+BLOCK_ROWS = 16
+"""Rows of each adapted weight that are rounded again: some hundred thousand blocks of a small model, in a second."""
 
 ROW_ERROR_LIMITS = {
     GGMLQuantizationType.F32: 1e-6,
@@ -55,29 +61,28 @@ class Weights(Mapping[str, Any]):
     """The tensors of a Hugging Face folder by name, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """List the tensors in the safetensors files of `folder`."""
-        self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                self._files |= dict.fromkeys(opened.keys(), file)
+        """List the tensors in the safetensors files of `folder`; raises what `tensors` does."""
+        self._tensors = {tensor.name: tensor for tensor in tensors(folder)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return a tensor in the type it is stored in."""
-        with safe_open(self._files[name], framework="pt") as opened:
-            return torch.as_tensor(opened.get_tensor(name))
+        return self._tensors[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a tensor of this name, without reading it."""
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names in order."""
-        return iter(sorted(self._files))
+        return iter(sorted(self._tensors))
 
     def __len__(self) -> int:
         """Count the tensors."""
-        return len(self._files)
+        return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        with safe_open(self._files[name], framework="pt") as opened:
-            return tuple(opened.get_slice(name).get_shape())
+        return self._tensors[name].shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +146,27 @@ def changed_weights(base: Weights, merged: Weights, adapted: set[str]) -> list[s
     return wrong
 
 
-def checkpoint_faults(checkpoint: Path, adapter: Path) -> list[str]:
-    """Return the tensors of the file `adapter` that are not those of the checkpoint that it was written from."""
+def checkpoint_faults(checkpoint: Path, adapter: Path, *, grown: bool) -> list[str]:
+    """Return the tensors of the file `adapter` that are not those of the checkpoint that it was written from.
+
+    With `grown` (PiSSA) the file holds more rows of A and columns of B: what the adapter began with, after what was tuned.
+    """
     with safe_open(checkpoint, framework="pt") as before, safe_open(adapter, framework="pt") as after:
-        saved = {_saved_name(name): name for name in before.keys()}  # noqa: SIM118  # safe_open has no __iter__
+        saved = {_saved_name(name): before.get_tensor(name) for name in before.keys()}  # noqa: SIM118  # safe_open has no __iter__
         found = set(after.keys())
         if saved.keys() != found:
             return [f"adapter: {name} is not in both it and its checkpoint" for name in sorted(saved.keys() ^ found)]
         return [
             f"adapter: {name} is not what the best checkpoint holds"
             for name in sorted(found)
-            if not torch.equal(after.get_tensor(name), before.get_tensor(saved[name]).to(after.get_tensor(name).dtype))
+            if not _is_saved(after.get_tensor(name), saved[name], grown=grown)
         ]
+
+
+def _is_saved(found: torch.Tensor, saved: torch.Tensor, *, grown: bool) -> bool:
+    if grown:
+        found = found[tuple(slice(length) for length in saved.shape)]
+    return torch.equal(found, saved.to(found.dtype))
 
 
 def _saved_name(name: str) -> str:
@@ -181,7 +195,7 @@ def header_faults(header: Header, model: Model, quant: str) -> list[str]:
     """Return the settings of a GGUF file that are not those of `model`'s configuration, and those it does not call for."""
     metadata, arch = header.metadata, str(header.metadata.get("general.architecture"))
     expected = {key.format(arch=arch): wanted for key, wanted in _expected_header(model, quant, arch).items()}
-    faults = []
+    faults = [] if arch in _architectures() else [f"general.architecture is {arch}, which llama.cpp does not know"]
     for key, wanted in expected.items():
         found = metadata.get(key)
         if found is None and not key.endswith(OPTIONAL):
@@ -358,13 +372,50 @@ def compare_weights(path: Path, base: Model, merged: Model, adapted: set[str]) -
             continue
         limit = ROW_ERROR_LIMITS[tensor.tensor_type]
         entry = sums.setdefault(tensor.tensor_type.name, _Sums())
-        before = layout.rows(wanted, base) if wanted in adapted and wanted in base.weights else None
+        has_base = wanted in adapted and merged.weights.shape(wanted) == _shape(base.weights, wanted)
+        before = layout.rows(wanted, base) if has_base else None
         row = _compare_tensor(tensor, layout.rows(wanted, merged), before, entry, change)
         if not row / limit <= worst:
             worst, worst_tensor = row / limit, f"{name} ({tensor.tensor_type.name}, row error {row:.4f} of {limit})"
     faults += layout.check_rest(tensors)
     by_type = {kind: entry.row() for kind, entry in sums.items()}
     return Comparison(faults, worst, worst_tensor, by_type, *change.result())
+
+
+def _shape(weights: Weights, name: str) -> tuple[int, ...] | None:
+    return weights.shape(name) if name in weights else None
+
+
+def _architectures() -> dict[str, Any]:
+    """Return what the `gguf` package calls each architecture that it knows, by the name that a file has."""
+    from gguf import MODEL_ARCH_NAMES
+
+    return {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+
+
+def changed_blocks(path: Path, merged: Model, adapted: set[str], importance: Importance | None) -> float:
+    """Return the share of a quantised file's blocks that rounding `merged` does not give, byte for byte; NaN for a float file.
+
+    `BLOCK_ROWS` rows of each adapted weight are rounded again, their errors weighed by `importance` as when the file was
+    made: the same weights give the same bytes on any machine.
+    """
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    layout = Layout(_architecture(path), merged)
+    changed: list[NDArray[np.bool_]] = []
+    for name, wanted in layout.sources.items():
+        tensor = tensors.get(name)
+        if wanted not in adapted or tensor is None or tensor.tensor_type not in KINDS:
+            continue
+        rows = layout.rows(wanted, merged)
+        if (len(rows), rows.shape[1]) != tuple(int(n) for n in reversed(tensor.shape)):
+            return 1.0
+        chosen = np.unique(np.linspace(0, len(rows) - 1, BLOCK_ROWS).astype(np.int64))
+        weighed = importance.of(name) if importance else None
+        packed = quantize(np.ascontiguousarray(rows[chosen]), tensor.tensor_type, importance=weighed)
+        block_bytes = GGML_QUANT_SIZES[tensor.tensor_type][1]
+        differs = packed != tensor.data.reshape(len(rows), -1)[chosen]
+        changed.append(differs.reshape(-1, block_bytes).any(axis=1))
+    return float(np.concatenate(changed).mean()) if changed else math.nan
 
 
 def _architecture(path: Path) -> str:
@@ -457,10 +508,9 @@ class Layout:
     @cached_property
     def sources(self) -> dict[str, str]:
         """GGUF name -> Hugging Face name. A name without a place maps to itself, so that it is found missing."""
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+        from gguf import get_tensor_name_map
 
-        known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-        names = get_tensor_name_map(known[self.arch], self.model.config["num_hidden_layers"])
+        names = get_tensor_name_map(_architectures()[self.arch], self.model.config["num_hidden_layers"])
         tied = {"lm_head.weight"} if self.model.tied else set()
         return {
             names.get_name(name, try_suffixes=(".weight", ".bias")) or name: name

@@ -23,9 +23,9 @@ from lorikeet.config import Quant
 from lorikeet.errors import InputError
 from lorikeet.export.families import Family, add_metadata, read_family, rotary_factors
 from lorikeet.export.imatrix import Importance
-from lorikeet.export.merge import Tensor, tensors
 from lorikeet.export.mix import FILE_TYPES, FLOATS, Mix
 from lorikeet.export.quantize import check_finite, quantize
+from lorikeet.export.tensors import Tensor, tensors
 from lorikeet.export.vocabulary import add_vocabulary
 
 Progress = Callable[[int, int], None]
@@ -210,7 +210,7 @@ def _plan(folder: Path, config: dict[str, Any], family: Family, mix: Mix) -> lis
     for tensor in tensors(folder):
         if tensor.name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        name, shape = name_of(tensor.name), tensor.shape()
+        name, shape = name_of(tensor.name), tensor.shape
         if name is None:
             raise InputError(f"{folder}: the tensor {tensor.name} has no place in llama.cpp's {family.name}")
         shift = family.norm_shift if tensor.name.endswith("norm.weight") else 0.0

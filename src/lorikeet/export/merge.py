@@ -8,11 +8,10 @@ Memory: the largest tensor in float32, a few times. It does not load a model cla
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,46 +20,11 @@ import torch
 from safetensors import safe_open
 
 from lorikeet.errors import InputError
+from lorikeet.export.tensors import Tensor, tensors
 
 PREFIX = "base_model.model."
 SHARD_BYTES = 4 << 30
-TYPE_BYTES = {"BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 COPIED = ("config.json", "generation_config.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor of the base, not yet read."""
-
-    name: str
-    file: Path
-
-    def load(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Return it, or its rows from `start` to before `stop`, in the type it is stored in."""
-        with safe_open(self.file, framework="pt") as opened:
-            if start == 0 and stop is None:
-                return torch.as_tensor(opened.get_tensor(self.name))
-            return torch.as_tensor(opened.get_slice(self.name)[start:stop])
-
-    def shape(self) -> tuple[int, ...]:
-        """Return its shape without reading it."""
-        with safe_open(self.file, framework="pt") as opened:
-            return tuple(opened.get_slice(self.name).get_shape())
-
-    def merged_type(self) -> str:
-        """Return its type once merged, as safetensors calls it: 16 bits for every float."""
-        with safe_open(self.file, framework="pt") as opened:
-            kind = str(opened.get_slice(self.name).get_dtype())
-        return "BF16" if kind in {"F32", "F64"} else kind
-
-    def merged_bytes(self) -> int:
-        """Return its size once merged."""
-        return math.prod(self.shape()) * TYPE_BYTES[self.merged_type()]
-
-    @property
-    def module(self) -> str:
-        """Last name of the module that it belongs to, such as `q_proj`."""
-        return self.name.split(".")[-2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +50,6 @@ class Adapter:
         if name in self.magnitudes:
             merged *= (self.magnitudes[name] / merged.norm(dim=1)).unsqueeze(1)
         return merged
-
-
-def tensors(folder: Path) -> Iterator[Tensor]:
-    """Yield the tensors of a Hugging Face folder, in the order of its files."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        for name in names:
-            yield Tensor(name, file)
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -155,7 +110,8 @@ def merged_tensor(tensor: Tensor, lora: Adapter) -> torch.Tensor:
     kind = value.dtype if value.dtype in {torch.bfloat16, torch.float16} else torch.bfloat16
     merged = lora.apply(tensor.name, value.float()) if tensor.name in lora.pairs else value
     if kind == torch.bfloat16 and tensor.name in lora.pairs:
-        return to_bfloat16(merged, seed=zlib.crc32(tensor.name.encode()))
+        # What is rounded up must be chance, not the same in another run: then each file bears the marks of its own.
+        return to_bfloat16(merged, seed=zlib.crc32(lora.pairs[tensor.name][1].numpy().tobytes()))
     return merged.to(kind).contiguous() if merged.is_floating_point() else merged
 
 
@@ -176,7 +132,7 @@ def _check_shapes(lora: Adapter, found: list[Tensor], base: Path, adapter: Path)
     for name, (a, b) in lora.pairs.items():
         if name not in by_name:
             raise InputError(f"{adapter} adapts {name}, which {base} does not have; it belongs to another base model")
-        shape = by_name[name].shape()
+        shape = by_name[name].shape
         if shape != (b.shape[0], a.shape[1]):
             raise InputError(
                 f"{adapter} adapts {name} as {(b.shape[0], a.shape[1])}, but {base} has {shape}; it belongs to another base model"
@@ -188,11 +144,11 @@ def _into_shards(found: list[Tensor]) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in found:
-        if shards[-1] and size + tensor.merged_bytes() > SHARD_BYTES:
+        if shards[-1] and size + tensor.merged_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += tensor.merged_bytes()
+        size += tensor.merged_bytes
     return shards
 
 
@@ -206,10 +162,10 @@ def _shard_header(shard: list[Tensor]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
-        start, end = end, end + tensor.merged_bytes()
+        start, end = end, end + tensor.merged_bytes
         header[tensor.name] = {
-            "dtype": tensor.merged_type(),
-            "shape": list(tensor.shape()),
+            "dtype": tensor.merged_kind,
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -220,7 +176,7 @@ def _shard_header(shard: list[Tensor]) -> bytes:
 def _write_index(out: Path, shards: list[list[Tensor]]) -> None:
     """Write which file each tensor is in."""
     names = {tensor.name: _shard_name(n, len(shards)) for n, shard in enumerate(shards, start=1) for tensor in shard}
-    total_bytes = sum(tensor.merged_bytes() for shard in shards for tensor in shard)
+    total_bytes = sum(tensor.merged_bytes for shard in shards for tensor in shard)
     document = {"metadata": {"total_size": total_bytes}, "weight_map": names}
     (out / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))
 

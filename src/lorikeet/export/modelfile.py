@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from lorikeet.config import ServeConfig
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
-from lorikeet.export.gotemplate import execute, quote
+from lorikeet.export.gotemplate import TemplateSyntaxError, execute, quote
 from lorikeet.files import sha256_text, write_changed
 from lorikeet.messages import Message
 from lorikeet.prompt import PromptFormat, defuse
@@ -100,10 +100,11 @@ def write_modelfile(run: RunFolder) -> str:
         modelfile = build(prompt, system=str(run.manifest().get("system_prompt", "")), source=f"./{ggufs[0]}")
         trimmed = trims(prompt)
         check(modelfile, prompt, [_stripped(c) if trimmed else c for c in (*probes(), *_heldout(run))])
-    except UnprovenError as error:
+    except (UnprovenError, TemplateSyntaxError) as error:
+        cause = "its chat template cannot be written for Ollama: " if isinstance(error, TemplateSyntaxError) else ""
         path.unlink(missing_ok=True)
-        run.update(modelfile={"why": str(error)})
-        return str(error)
+        run.update(modelfile={"why": f"{cause}{error}"})
+        return f"{cause}{error}"
     written = modelfile.dump()
     write_changed(path, written)
     run.update(modelfile={"complete": True, "sha256": sha256_text(written), "note": _TRIMMED if trimmed else ""})

@@ -29,6 +29,7 @@ MEANINGS = {
     "top1_changed": "Share of tokens whose first choice changes",
     "header": "Settings and vocabulary are the base's",
     "weights": "Weights decode to the merged ones (worst row, share of its type's bound)",
+    "blocks": "Blocks are those that rounding the merged weights gives (share that are not)",
     "tuning_lost": "Share of the adapter's change that is missing",
     "served_prompt": "The server reads as many tokens as tuning saw",
     "served_answers": "The server answers what the file answers",

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.card import write_card
-from lorikeet.config import VerifyConfig
+from lorikeet.compare import ratio_interval
+from lorikeet.config import VerifyConfig, require_positive
 from lorikeet.data.encode import encode_all
 from lorikeet.data.load import load_conversations
 from lorikeet.engine import LlamaEngine
-from lorikeet.errors import EngineError, InputError
-from lorikeet.export import contents, served
+from lorikeet.errors import EngineError, InputError, LorikeetError, MissingExtraError, is_out_of_memory
+from lorikeet.export import contents, imatrix, served
 from lorikeet.export.checks import Checks
 from lorikeet.export.contents import Model
+from lorikeet.export.imatrix import Importance
 from lorikeet.export.page import write_page
 from lorikeet.export.probes import Probes, choose_probes
 from lorikeet.export.trained import AdapterModel, Greedy, TorchModel, pick_dtype
 from lorikeet.export.vocabulary import end_of_turn
-from lorikeet.files import sha256_text, sha256_tree, write_atomic
+from lorikeet.files import sha256_file, sha256_text, sha256_tree, write_atomic
 from lorikeet.gguf_header import Header, read_header
 from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import PromptFormat, freeze_dates
@@ -82,7 +84,10 @@ VALIDATION_LIMIT = 0.05
 """In nats: how far the validation loss, computed here, may be from the one that tuning recorded."""
 
 VALIDATION_TOKENS = 20_000
-"""Validation parts of more tokens than this are not computed again: it would take minutes."""
+"""Of the validation part, no more than about this are computed again: all would take minutes."""
+
+FEWEST_ROWS = 8
+"""Validation conversations that are computed again however long they are: fewer say nothing of the others."""
 
 FEW_TOKENS = 2
 """Tokens whose first choice may change besides the share allowed: of fifty, one is two per cent."""
@@ -90,6 +95,9 @@ FEW_TOKENS = 2
 USUAL_SHARE = 0.75
 """Share of the kept conversations that have one system prompt above which the run's is that one: tuning took the one that more
 than half of all had."""
+
+BLOCKS_LIMIT = 0.01
+"""Share of a file's blocks that may be others than rounding the merged weights gives; it is none, or nearly all."""
 
 SCALE_LIMIT = 0.02
 """How far from 1 the number of times that the adapter is in the merged weights may be."""
@@ -142,8 +150,10 @@ class Reference:
 def verify(root: Path, config: VerifyConfig) -> dict[str, Any]:
     """Compare everything that was exported with what was trained; write the reports and return the certificate.
 
-    Raises InputError if there is no run, no adapter or no held-out part, or if the base cannot be found.
+    Raises InputError if there is no run, no adapter or no held-out part, if the base cannot be found, or for settings that
+    compare nothing.
     """
+    require_positive(config, "conversations", "answers", "answer_tokens")
     began = time.monotonic()
     subject = _open(RunFolder.open(root), config)
     hashes = {name: sha256_tree(root / name) for name in subject.run.certifiable()}
@@ -153,11 +163,14 @@ def verify(root: Path, config: VerifyConfig) -> dict[str, Any]:
         _check_files(subject)
         say("adapter on base, in torch")
         reference = _check_adapter(subject, say)
-        if subject.merged is not None:
-            say("merged, in torch")
-            reference = _check_merged(subject, subject.merged, reference, say)
-        for quant in subject.headers:
-            _check_gguf(subject, quant, reference, say)
+        if reference is None:
+            subject.not_checked.append("merged and GGUF files: there is no adapter to compare them with")
+        else:
+            if subject.merged is not None:
+                say("merged, in torch")
+                reference = _check_merged(subject, subject.merged, reference, say)
+            for quant in subject.headers:
+                _check_gguf(subject, quant, reference, say)
     certificate = _certificate(subject, hashes, reference, seconds=time.monotonic() - began)
     write_atomic(subject.run.reports / "parity.json", json.dumps(certificate, indent=2) + "\n")
     write_page(certificate, subject.manifest, subject.run.reports)
@@ -211,13 +224,13 @@ def _open(run: RunFolder, config: VerifyConfig) -> Subject:
 
 def _find_merged(subject: Subject) -> None:
     folder = subject.run.root / "merged"
-    if not folder.is_dir():
+    if folder.is_dir():
+        with _reading(subject, "merged"):
+            subject.merged = Model.open(folder)
+    elif "merged" in subject.manifest["artefacts"]:
+        subject.checks.fault("recorded_files", "merged is in run.json and not here; export again")
+    else:
         subject.not_checked.append("merged: it is not here")
-        return
-    try:
-        subject.merged = Model.open(folder)
-    except (OSError, ValueError, KeyError) as error:
-        subject.checks.fault("readable", f"merged cannot be read: {_line(error)}", artefact="merged")
 
 
 def _find_ggufs(subject: Subject) -> None:
@@ -226,12 +239,26 @@ def _find_ggufs(subject: Subject) -> None:
         if quant not in LIMITS:
             subject.not_checked.append(f"gguf/{path.name}: its type has no limits here")
             continue
-        try:
+        with _reading(subject, f"gguf/{path.name}"):
             subject.headers[quant] = read_header(path)
-        except InputError as error:
-            subject.checks.fault("readable", _line(error), artefact=f"gguf/{path.name}")
     if not subject.headers:
         subject.not_checked.append("GGUF files and the served route: there is none that can be read")
+
+
+@contextmanager
+def _reading(subject: Subject, artefact: str) -> Iterator[None]:
+    """Enter whatever is raised in the block under the check `readable`: a file of unknown contents can break a library anywhere.
+
+    Memory that runs out and packages that are missing are the machine's fault and pass through.
+    """
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except Exception as error:  # the libraries that read have no exception in common
+        if is_out_of_memory(error):
+            raise
+        subject.checks.fault("readable", _line(error), artefact=artefact)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -246,9 +273,12 @@ def _check_records(subject: Subject, hashes: dict[str, dict[str, str]]) -> None:
             subject.checks.fault("recorded_files", f"{name} is not what run.json records")
         if recorded[name].get("adapter_sha256", adapter) != adapter:
             subject.checks.fault("recorded_files", f"{name} was made from another adapter, says run.json")
+        if recorded[name].get("strength", _strength(subject)) != _strength(subject):
+            subject.checks.fault("recorded_files", f"{name} was made at another strength, says run.json; export again")
     for quant in subject.headers:
         if gguf_name(quant) not in recorded:
-            subject.checks.fault("recorded_files", f"{gguf_name(quant)} is not in run.json")
+            what = f"{gguf_name(quant)} is not in run.json; remove it, or export it again"
+            subject.checks.fault("recorded_files", what)
     base = subject.manifest["base"]
     if model_identity(base["id"], subject.base.folder)["sha256"] != base["sha256"]:
         subject.checks.fault("recorded_files", "the base's weights are not those that were tuned")
@@ -280,7 +310,8 @@ def _check_files(subject: Subject) -> None:
     """Compare tokenizers, templates, stop tokens, heads and configurations, without running anything."""
     checks, prompt = subject.checks, subject.prompt
     for name in ("adapter", *(["merged"] if subject.merged else [])):
-        _check_tokenizer_folder(subject, name)
+        with _reading(subject, name):
+            _check_tokenizer_folder(subject, name)
     for quant, header in subject.headers.items():
         artefact = gguf_name(quant)
         if header.metadata.get("tokenizer.chat_template") != prompt.template:
@@ -294,10 +325,11 @@ def _check_files(subject: Subject) -> None:
             checks.fault("stop_token", f"{artefact}: {_token(subject)} is not its end of text or of turn")
     merged = subject.merged
     if merged is not None:
-        if subject.end_of_turn not in merged.stop_ids() and merged.stop_ids() != subject.base.stop_ids():
-            checks.fault("stop_token", f"merged: {_token(subject)} is not in its eos_token_id")
-        for fault in contents.changed_settings(subject.base.folder, merged.folder):
-            checks.fault("merged_config", fault)
+        with _reading(subject, "merged"):
+            if subject.end_of_turn not in merged.stop_ids() and merged.stop_ids() != subject.base.stop_ids():
+                checks.fault("stop_token", f"merged: {_token(subject)} is not in its eos_token_id")
+            for fault in contents.changed_settings(subject.base.folder, merged.folder):
+                checks.fault("merged_config", fault)
     for fault in contents.head_faults(subject.base, merged, {gguf_name(q): h for q, h in subject.headers.items()}):
         checks.fault("tied_head", fault)
 
@@ -345,40 +377,49 @@ def _leading(ids: Sequence[int], token: int) -> int:
 # -------------------------------------------------------------------------------------------------------------- torch
 
 
-def _check_adapter(subject: Subject, say: Say) -> Reference:
-    """Ask the adapter on its base, and compare the merged weights with what PEFT makes of them."""
+def _check_adapter(subject: Subject, say: Say) -> Reference | None:
+    """Ask the adapter on its base, and compare the merged weights with what PEFT makes of them; None if it cannot be asked."""
     run, config, probes = subject.run, subject.config, subject.probes
     dtype = pick_dtype(subject.base.weights, free_bytes())
     prompts = [subject.prompt.prompt_ids(_led(subject, question)) for question in probes.questions]
     greedy: dict[str, Any] = {"stop_ids": {subject.end_of_turn}, "most_tokens": config.answer_tokens}
-    with AdapterModel.on(subject.base.folder, run.root / "adapter", dtype) as model:
-        log_probs = model.log_probs(probes.rows)
-        say("the adapter's validation loss")
-        _check_adapter_is_tuned(subject, model)
-        say("greedy answers of adapter and base")
-        tuned, untuned = model.answer(prompts, **greedy), model.base_answer(prompts, **greedy)
-        adapted = model.adapted()
+    reference = None
+    with _reading(subject, "adapter"):
         _check_scale_setting(subject)
-        if subject.merged is not None:
-            say("merged weights against PEFT's")
-            _check_merged_weights(subject, model, subject.merged)
-    return Reference(log_probs, tuned, untuned, adapted, str(dtype) == "torch.float32")
+        _check_adapter_is_tuned(subject)
+        with AdapterModel.on(subject.base.folder, run.root / "adapter", dtype) as model:
+            log_probs = model.log_probs(probes.rows)
+            say("the adapter's validation loss")
+            _check_validation_loss(subject, model)
+            say("greedy answers of adapter and base")
+            tuned, untuned = model.answer(prompts, **greedy), model.base_answer(prompts, **greedy)
+            reference = Reference(log_probs, tuned, untuned, model.adapted(), str(dtype) == "torch.float32")
+            if subject.merged is not None:
+                say("merged weights against PEFT's")
+                with _reading(subject, "merged"):
+                    _check_merged_weights(subject, model, subject.merged)
+    return reference
 
 
-def _check_adapter_is_tuned(subject: Subject, model: AdapterModel) -> None:
-    """Compare the adapter with the checkpoint it came from and with the validation loss that tuning recorded."""
+def _check_adapter_is_tuned(subject: Subject) -> None:
+    """Compare the adapter with the checkpoint that it came from, and its hash with the one that tuning left."""
     run, tuned = subject.run, subject.manifest.get("tuned", {})
+    adapter = run.root / "adapter" / "adapter_model.safetensors"
+    if tuned.get("adapter_sha256", found := sha256_file(adapter)) != found:
+        subject.checks.fault("adapter_is_tuned", "adapter: its weights are not those that tuning recorded at its end")
     checkpoint = run.root / "checkpoints" / f"step-{tuned.get('best_step', 0):06d}" / "adapter.safetensors"
-    pissa = subject.manifest["config"]["tune"].get("init_lora_weights") == "pissa"
-    if pissa or not checkpoint.is_file():
-        subject.not_checked.append(
-            "adapter against its checkpoint: " + ("PiSSA rewrites it" if pissa else "it is gone")
-        )
-    else:
-        for fault in contents.checkpoint_faults(checkpoint, run.root / "adapter" / "adapter_model.safetensors"):
-            subject.checks.fault("adapter_is_tuned", fault)
-    validation = run.root / "data" / "validation.jsonl"
-    recorded = tuned.get("best_val_loss")
+    if not checkpoint.is_file():
+        subject.not_checked.append("adapter against its checkpoint: it is gone")
+        return
+    grown = subject.manifest["config"]["tune"].get("init_lora_weights") == "pissa"
+    for fault in contents.checkpoint_faults(checkpoint, adapter, grown=grown):
+        subject.checks.fault("adapter_is_tuned", fault)
+
+
+def _check_validation_loss(subject: Subject, model: AdapterModel) -> None:
+    """Compare the validation loss with the one that tuning recorded, on the first `VALIDATION_TOKENS` where there are more."""
+    validation = subject.run.root / "data" / "validation.jsonl"
+    recorded = subject.manifest.get("tuned", {}).get("best_val_loss")
     if not validation.is_file() or not isinstance(recorded, float) or not math.isfinite(recorded):
         subject.not_checked.append("the adapter's validation loss: tuning recorded none")
         return
@@ -389,13 +430,19 @@ def _check_adapter_is_tuned(subject: Subject, model: AdapterModel) -> None:
         max_length=settings["max_length"],
         on_long=settings["on_long"],
     )
-    if encoding.tokens > VALIDATION_TOKENS:
-        subject.not_checked.append(f"the adapter's validation loss: {encoding.tokens} tokens would take too long")
-        return
+    ends = np.cumsum([len(row.ids) for row in encoding.rows])
+    rows = encoding.rows[: max(FEWEST_ROWS, int((ends <= VALIDATION_TOKENS).sum()))]
     with model.at_strength(1 / _strength(subject)):
-        found = model.mean_loss(encoding.rows)
-    note = f"tuning recorded {recorded:.4f}, here it is {found:.4f}"
-    subject.checks.add("validation_loss", abs(found - recorded), VALIDATION_LIMIT, artefact="adapter", notes=[note])
+        sums, counts = model.losses(rows)
+    found = float(sums.sum() / counts.sum())
+    notes, limit = [f"tuning recorded {recorded:.4f}, here it is {found:.4f}"], VALIDATION_LIMIT
+    if len(rows) < len(encoding.rows):
+        drawn = ratio_interval(sums, counts, level=0.99, resamples=10_000, seed=0)
+        limit = round(limit + (drawn.high - drawn.low) / 2, 4)
+        notes.append(
+            f"on {len(rows)} of {len(encoding.rows)} conversations, so the limit has the noise of the draw in it"
+        )
+    subject.checks.add("validation_loss", abs(found - recorded), limit, artefact="adapter", notes=notes)
 
 
 def _check_scale_setting(subject: Subject) -> None:
@@ -427,26 +474,28 @@ def _check_merged_weights(subject: Subject, model: AdapterModel, merged: Model) 
 def _check_merged(subject: Subject, merged: Model, reference: Reference, say: Say) -> Reference:
     """Compare the merged model's predictions with the adapter's, and make them the reference of the GGUF files."""
     dtype = "float32" if reference.exact else "bfloat16"
-    try:
+    limits = LIMITS["merged"] if reference.exact else BFLOAT16_LIMITS
+    with _reading(subject, "merged"):
         with TorchModel.load(merged.folder, dtype) as model:
             found = model.log_probs(subject.probes.rows)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        subject.checks.fault("readable", f"transformers cannot load merged: {_line(error)}", artefact="merged")
-        return reference
-    limits = LIMITS["merged"] if reference.exact else BFLOAT16_LIMITS
-    _compare_predictions(subject, "merged", "merged", reference.log_probs, found, limits)
+        if _compare_predictions(subject, "merged", "merged", reference.log_probs, found, limits):
+            reference = replace(reference, log_probs=found)
     say("merged compared")
-    return Reference(found, reference.tuned, reference.untuned, reference.adapted, reference.exact)
+    return reference
 
 
 def _compare_predictions(
     subject: Subject, name: str, artefact: str, wanted: Iterable[Floats], found: Iterable[Floats], limits: Limits
-) -> None:
-    """Add mean and worst KL divergence and top-1 changes."""
+) -> bool:
+    """Add mean and worst KL divergence and top-1 changes; return whether there are as many tokens to choose from."""
     divergences: list[NDArray[np.float64]] = []
     changes: list[NDArray[np.bool_]] = []
     worst_place = ("", 0)
     for origin, row, p, q in zip(subject.probes.origins, subject.probes.rows, wanted, found, strict=True):
+        if p.shape != q.shape:
+            note = f"it has {q.shape[1]} tokens to choose from, the tuned model {p.shape[1]}"
+            subject.checks.add(f"kl_mean_{name}", math.inf, limits.kl_mean, artefact=artefact, notes=[note])
+            return False
         kl = divergence(p, q)
         if kl.size and (not divergences or not kl.max() <= max(part.max() for part in divergences)):
             worst_place = (origin, int(row.places[int(kl.argmax())]) + 1)
@@ -459,6 +508,7 @@ def _compare_predictions(
     subject.checks.add(f"kl_worst_{name}", float(kl.max()), limits.kl_worst, artefact=artefact, notes=where)
     top1 = round(limits.top1 + FEW_TOKENS / len(changed), 4)
     subject.checks.add(f"top1_changed_{name}", float(changed.mean()), top1, artefact=artefact, notes=count)
+    return True
 
 
 def divergence(wanted: Floats, found: Floats) -> NDArray[np.float64]:
@@ -477,19 +527,17 @@ def _check_gguf(subject: Subject, quant: str, reference: Reference, say: Say) ->
     if quant == "f16" and not reference.exact:
         limits = BFLOAT16_LIMITS
     say(f"{artefact}: contents")
-    _check_gguf_contents(subject, quant, limits, reference)
+    with _reading(subject, artefact):
+        _check_gguf_contents(subject, quant, limits, reference)
     say(f"{artefact}: predictions")
-    try:
+    with _reading(subject, artefact):
         found = served.log_probs(path, subject.probes.rows)
         _compare_predictions(subject, quant, artefact, reference.log_probs, found, limits)
         say(f"{artefact}: tokens and answers")
         alone = _check_engine(subject, quant)
-    except (EngineError, InputError) as error:
-        subject.checks.fault("readable", _line(error), artefact=artefact)
-        return
-    say(f"{artefact}: answers of the server")
-    _check_route(subject, quant, alone)
-    _check_greedy(subject, quant, alone, reference, limits)
+        say(f"{artefact}: answers of the server")
+        _check_route(subject, quant, alone)
+        _check_greedy(subject, quant, alone, reference, limits)
 
 
 def _check_gguf_contents(subject: Subject, quant: str, limits: Limits, reference: Reference) -> None:
@@ -501,8 +549,10 @@ def _check_gguf_contents(subject: Subject, quant: str, limits: Limits, reference
     ):
         checks.fault(f"header_{quant}", fault, artefact=artefact)
     if subject.merged is None:
-        subject.not_checked.append(f"{artefact}: its weights; merged is not here to compare with")
+        note = "there is no merged that can be read to compare it with; export again"
+        checks.add(f"weights_{quant}", math.inf, 1.0, artefact=artefact, notes=[note])
         return
+    _check_blocks(subject, quant, subject.merged, reference)
     found = contents.compare_weights(subject.path(quant), subject.base, subject.merged, reference.adapted)
     subject.weights[quant] = found.by_type
     worst = math.inf if found.faults else found.worst
@@ -511,6 +561,17 @@ def _check_gguf_contents(subject: Subject, quant: str, limits: Limits, reference
         limit = round(limits.lost + 4 * found.kept_error, 4)
         note = f"the file holds {found.kept:.4f} of what the adapter changed (rounding alone: +-{found.kept_error:.4f})"
         checks.add(f"tuning_lost_{quant}", abs(1 - found.kept), limit, artefact=artefact, notes=[note])
+
+
+def _check_blocks(subject: Subject, quant: str, merged: Model, reference: Reference) -> None:
+    """Round the merged weights again and compare with what the file holds: no other run's give the same."""
+    artefact, importance = gguf_name(quant), None
+    if "quantize.imatrix.file" in subject.headers[quant].metadata:
+        importance = Importance.load(subject.run.root / "data" / imatrix.FILE)
+    found = contents.changed_blocks(subject.path(quant), merged, reference.adapted, importance)
+    if not math.isnan(found):
+        note = f"{found:.1%} of the blocks compared are not what rounding merged gives; remove the file, export again"
+        subject.checks.add(f"blocks_{quant}", found, BLOCKS_LIMIT, artefact=artefact, notes=[note])
 
 
 def _check_engine(subject: Subject, quant: str) -> list[served.Answer]:
@@ -631,7 +692,7 @@ def _greedy_note(row: dict[str, Any]) -> str:
 
 
 def _certificate(
-    subject: Subject, hashes: dict[str, dict[str, str]], reference: Reference, *, seconds: float
+    subject: Subject, hashes: dict[str, dict[str, str]], reference: Reference | None, *, seconds: float
 ) -> dict[str, Any]:
     checks = subject.checks.all()
     return {
@@ -644,7 +705,7 @@ def _certificate(
             "tokens": sum(len(row.places) for row in subject.probes.rows),
             "prompts": len(subject.probes.prompts),
             "answers": len(subject.probes.questions),
-            "arithmetic": "float32" if reference.exact else "bfloat16",
+            "arithmetic": "float32" if reference is None or reference.exact else "bfloat16",
         },
         "answers": subject.answers,
         "weights": subject.weights,
@@ -678,7 +739,9 @@ def _text(subject: Subject, ids: list[int]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """Return an error on one line, led by its name if it is a library's: a KeyError says nothing without."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, LorikeetError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

@@ -35,6 +35,19 @@ Done = Callable[[], None]
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
+_SERVER = """
+import os, signal, threading
+
+def end_with_parent():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+from lorikeet.cli import main
+main()
+"""
+"""The server, which ends as on SIGTERM when its stdin closes: so it never outlives whoever asks, however that one ends."""
+
 SEED = 7
 """With a seed no cached prefix is used, so that the same question gives the same answer."""
 
@@ -92,11 +105,11 @@ def serving(run: Path, quant: str) -> Iterator[str]:
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from lorikeet.cli import main; main()", "serve", str(run)]
+    command = [sys.executable, "-c", _SERVER, "serve", str(run)]
     command += ["--quant", quant, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--search", "off", "--ears", "off", "--voice", "off"]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ)
         try:
             url = f"http://127.0.0.1:{port}"
             if not _wait(process, url):
@@ -148,3 +161,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    if process.stdin:
+        process.stdin.close()

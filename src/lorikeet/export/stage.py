@@ -25,9 +25,10 @@ from lorikeet.errors import InputError, MachineError, is_out_of_memory
 from lorikeet.export import imatrix, strength
 from lorikeet.export.gguf import namer, write_gguf
 from lorikeet.export.imatrix import Importance
-from lorikeet.export.merge import merge, tensors
+from lorikeet.export.merge import merge
 from lorikeet.export.mix import FILE_TYPES
 from lorikeet.export.modelfile import write_modelfile
+from lorikeet.export.tensors import tensors
 from lorikeet.files import (
     atomic_file,
     atomic_folder,
@@ -66,24 +67,42 @@ def _export(run: RunFolder, config: ExportConfig) -> RunFolder:
     run.verify("adapter")
     wanted = set(config.formats)
     base = _base(run)
-    if config.strength == "auto" and not strength.is_settled(run, asked="auto", budget_s=config.budget_s):
+    if strength.must_measure(run, asked=config.strength, budget_s=config.budget_s):
         _require_memory(run, base, to="choosing the adapter's strength", instead="export with --strength 1")
-    with _progress("choosing the strength") as progress:
-        strength.settle(run, base, asked=config.strength, budget_s=config.budget_s, progress=progress)
-    if not wanted & {"merged", "gguf"}:
-        write_card(run)
-        return run
     calibrations = {quant: _calibration(run, config, quant) for quant in config.quant} if "gguf" in wanted else {}
-    _require_disk(run, base, calibrations)
-    merged = _merged(run, base, adapter)
+
+    def require_disk(chosen: float) -> None:
+        if wanted & {"merged", "gguf"}:
+            _require_disk(run, base, calibrations, chosen=chosen)
+
+    with _progress("choosing the strength") as progress:
+        strength.settle(
+            run, base, asked=config.strength, budget_s=config.budget_s, before=require_disk, progress=progress
+        )
+    merged = _merged(run, base, adapter) if wanted & {"merged", "gguf"} else run.root / "merged"
     if "gguf" in wanted:
         for quant, calibration in calibrations.items():
             _tuned_gguf(run, merged, quant, calibration, budget_s=config.budget_s)
             _base_gguf(run, base, adapter, quant, calibration, budget_s=config.budget_s)
         if why := write_modelfile(run):
             print(f"no Modelfile for Ollama: {why}", file=sys.stderr, flush=True)
+    _forget_older(run)
     write_card(run)
     return run
+
+
+def _forget_older(run: RunFolder) -> None:
+    """Take what was made from another adapter, or from another strength of it, out of the manifest, and say so."""
+    manifest = run.manifest()
+    now = _made_from(manifest, None)
+    older = [
+        name
+        for name, entry in manifest["artefacts"].items()
+        if (name == "merged" or name.startswith("gguf/")) and any(entry.get(key) != now[key] for key in now)
+    ]
+    if older:
+        _say(f"no longer part of the run, as the adapter is another now: {', '.join(older)}")
+        run.forget(*older)
 
 
 def _base(run: RunFolder) -> Path:
@@ -149,19 +168,19 @@ LOADED = 1.3
 """What a model takes while it is asked, over its weights."""
 
 
-def _require_disk(run: RunFolder, base: Path, calibrations: dict[Quant, Path | None]) -> None:
-    """Raise MachineError if what is still to be written will not fit, saying what could go.
+def _require_disk(run: RunFolder, base: Path, calibrations: dict[Quant, Path | None], *, chosen: float) -> None:
+    """Raise MachineError if what is still to be written at the strength `chosen` will not fit, saying what could go.
 
     `calibrations` has each type that is wanted, and the conversations that weigh its errors.
     """
     quants = [*calibrations]
-    weights = sum(math.prod(tensor.shape()) for tensor in tensors(base))
-    manifest = run.manifest()
-    mine = [] if _is_merged(run) else [2.0]
+    weights = sum(math.prod(tensor.shape) for tensor in tensors(base))
+    manifest = {**run.manifest(), "strength": {"strength": chosen}}
+    mine = [] if _is_merged(run, manifest) else [2.0]
     mine += [
         BYTES_PER_WEIGHT[quant]
         for quant, calibration in calibrations.items()
-        if mine or not _is_made(run, quant, calibration)
+        if mine or not _is_made(run, manifest, quant, calibration)
     ]
     bases = [
         BYTES_PER_WEIGHT[quant]
@@ -187,28 +206,26 @@ def _removable(run: RunFolder, quants: Sequence[Quant]) -> list[Path]:
 
 def _require_memory(run: RunFolder, model: Path, *, to: str, instead: str) -> None:
     """Raise MachineError before a model is loaded that does not fit; merging and quantising never load one."""
-    weights = sum(math.prod(tensor.shape()) for tensor in tensors(model))
+    weights = sum(math.prod(tensor.shape) for tensor in tensors(model))
     weight_bytes = 2 if run.manifest().get("dtype") == "bfloat16" else 4
     require_memory(int(LOADED * weights * weight_bytes), to=to, instead=instead)
 
 
-def _is_merged(run: RunFolder) -> bool:
+def _is_merged(run: RunFolder, manifest: dict[str, Any]) -> bool:
     """Say whether `merged/` is there and was made from this adapter."""
-    artefacts = run.manifest()["artefacts"]
-    source = artefacts["adapter"]["sha256"]["adapter_model.safetensors"]
-    return artefacts.get("merged", {}).get("adapter_sha256") == source and (run.root / "merged").is_dir()
+    entry = manifest["artefacts"].get("merged", {})
+    return _is_from(_made_from(manifest, None), entry) and (run.root / "merged").is_dir()
 
 
 def _merged(run: RunFolder, base: Path, adapter: Path) -> Path:
     manifest = run.manifest()
-    source = manifest["artefacts"]["adapter"]["sha256"]["adapter_model.safetensors"]
     path = run.root / "merged"
-    if _is_merged(run):
+    if _is_merged(run, manifest):
         return path
     with _report("merging", path) as progress, atomic_folder(path) as folder:
         merge(base, adapter, folder, progress=progress)
-        run.forget("merged", *(name for name in manifest["artefacts"] if name.startswith("gguf/")))
-    run.record("merged", path, adapter_sha256=source)
+        run.forget("merged")
+    run.record("merged", path, **_made_from(manifest, None))
     return path
 
 
@@ -224,10 +241,10 @@ def _calibration(run: RunFolder, config: ExportConfig, quant: Quant) -> Path | N
 
 
 def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | None, *, budget_s: float) -> None:
-    if _is_made(run, quant, calibration):
+    manifest = run.manifest()
+    if _is_made(run, manifest, quant, calibration):
         return
     name = f"gguf/model-{quant}.gguf"
-    manifest = run.manifest()
     made_from = _made_from(manifest, calibration)
     path = run.root / name
     importance = None
@@ -235,37 +252,43 @@ def _tuned_gguf(run: RunFolder, merged: Path, quant: Quant, calibration: Path | 
         matrix = run.root / MATRIX
         if not _is_from(made_from, manifest["artefacts"].get(MATRIX, {})) or not matrix.is_file():
             base = base_gguf_path(manifest, quant, calibration_sha256=made_from["calibration_sha256"])
+            run.forget(MATRIX)
             _collect(run, merged, calibration, matrix, like=base.with_name(imatrix.FILE), budget_s=budget_s)
             run.record(MATRIX, matrix, **made_from)
         importance = Importance.load(matrix)
     with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:
         write_gguf(merged, beside, quant=quant, name=run.root.resolve().name, importance=importance, progress=progress)
+        run.forget(name)
     run.record(name, path, **made_from)
 
 
 MATRIX = f"data/{imatrix.FILE}"
 """The tuned model's importance matrix in a run."""
 
-MADE_FROM = ("adapter_sha256", "calibration_sha256")
+MADE_FROM = ("adapter_sha256", "strength", "calibration_sha256")
 
 
-def _made_from(manifest: dict[str, Any], calibration: Path | None) -> dict[str, str]:
-    """Return what a GGUF's entry in the manifest says of its sources: the adapter, and the conversations if any."""
+def _made_from(manifest: dict[str, Any], calibration: Path | None) -> dict[str, Any]:
+    """Return what an artefact's entry in the manifest says of its sources: the adapter, its strength, and conversations if any."""
     artefacts = manifest["artefacts"]
-    made_from = {"adapter_sha256": artefacts["adapter"]["sha256"]["adapter_model.safetensors"]}
+    made_from = {
+        "adapter_sha256": artefacts["adapter"]["sha256"]["adapter_model.safetensors"],
+        "strength": manifest["strength"]["strength"],
+    }
     if calibration:
         made_from["calibration_sha256"] = artefacts[CALIBRATION]["sha256"][calibration.name]
     return made_from
 
 
-def _is_made(run: RunFolder, quant: Quant, calibration: Path | None) -> bool:
+def _is_made(run: RunFolder, manifest: dict[str, Any], quant: Quant, calibration: Path | None) -> bool:
     """Say whether the run's GGUF of this type is there and was made from this adapter, with or without a matrix as now."""
-    manifest, name = run.manifest(), f"gguf/model-{quant}.gguf"
+    name = f"gguf/model-{quant}.gguf"
     made_from = _made_from(manifest, calibration)
-    return _is_from(made_from, manifest["artefacts"].get(name, {})) and (run.root / name).is_file()
+    needed = [name, MATRIX] if calibration else [name]  # a file cannot be certified without its matrix
+    return _is_from(made_from, manifest["artefacts"].get(name, {})) and all((run.root / n).is_file() for n in needed)
 
 
-def _is_from(made_from: dict[str, str], entry: dict[str, Any]) -> bool:
+def _is_from(made_from: dict[str, Any], entry: dict[str, Any]) -> bool:
     """Say whether an entry of the manifest names these sources and no others."""
     return all(entry.get(key) == made_from.get(key) for key in MADE_FROM)
 

@@ -86,29 +86,44 @@ def is_settled(run: RunFolder, *, asked: str, budget_s: float) -> bool:
     entry = _entry(run)
     if not entry or entry["asked"] != asked:
         return False
-    config = json.loads((run.root / "adapter" / CONFIG).read_text(encoding="utf-8"))
     return bool(
-        config["lora_alpha"] == entry["tuned_alpha"] * entry["strength"] and entry.get("cut_at_s", math.inf) >= budget_s
+        _config(run)["lora_alpha"] == entry["tuned_alpha"] * entry["strength"]
+        and entry.get("cut_at_s", math.inf) >= budget_s
     )
 
 
+def must_measure(run: RunFolder, *, asked: str, budget_s: float) -> bool:
+    """Say whether `settle` will load the model to measure what each strength does."""
+    if asked != "auto" or is_settled(run, asked=asked, budget_s=budget_s):
+        return False
+    return VALIDATION in run.manifest()["artefacts"] and not _config(run).get("use_dora")
+
+
 def settle(
-    run: RunFolder, base: Path, *, asked: str, budget_s: float = math.inf, progress: Progress = lambda *_: None
+    run: RunFolder,
+    base: Path,
+    *,
+    asked: str,
+    budget_s: float = math.inf,
+    before: Callable[[float], None] = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Bake the strength `asked` (`auto` or a number above 0, at most 1) into the run's adapter and enter it into `run.json`.
 
-    Nothing is done where that has been done for these weights, unless time cut it short and there is more of it now. Raises
-    InputError for another strength.
+    Nothing is done where that has been done for these weights, unless time cut it short and there is more of it now. `before`
+    is told the strength, and what it raises leaves the run as it was. Raises InputError for another strength.
     """
     wanted = _parse(asked)
-    if is_settled(run, asked=asked, budget_s=budget_s):
-        return
-    config = json.loads((run.root / "adapter" / CONFIG).read_text(encoding="utf-8"))
     entry = _entry(run)
+    if entry and is_settled(run, asked=asked, budget_s=budget_s):
+        before(entry["strength"])
+        return
+    config = _config(run)
     tuned_alpha = entry["tuned_alpha"] if entry else config["lora_alpha"]
     if config.get("use_dora"):
         if wanted not in {None, 1.0}:
             raise InputError(f"--strength {asked} is for LoRA; a DoRA adapter is not linear in it, so it stays 1")
+        before(1.0)
         _enter(
             run, asked=asked, strength=1.0, tuned_alpha=tuned_alpha, why="a DoRA adapter is not linear in its strength"
         )
@@ -117,6 +132,7 @@ def settle(
     if wanted is None:
         unit = tuned_alpha / config["lora_alpha"]
         choice = measure(run, base, unit=unit, clock=Clock(seconds=budget_s), progress=progress)
+    before(choice.strength)
     about = {"table": choice.table, "why": choice.why, **({"cut_at_s": budget_s} if choice.cut else {})}
     _bake(run, config, asked=asked, strength=choice.strength, tuned_alpha=tuned_alpha, **about)
     _say(f"adapter strength {choice.strength:g} ({choice.why})")
@@ -363,6 +379,11 @@ def _dtype(run: RunFolder) -> torch.dtype:
     return torch.bfloat16 if run.manifest().get("dtype") == "bfloat16" else torch.float32
 
 
+def _config(run: RunFolder) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((run.root / "adapter" / CONFIG).read_text(encoding="utf-8"))
+    return config
+
+
 def _parse(asked: str) -> float | None:
     if asked == "auto":
         return None
@@ -386,15 +407,11 @@ def _entry(run: RunFolder) -> dict[str, Any] | None:
 def _bake(
     run: RunFolder, config: dict[str, Any], *, asked: str, strength: float, tuned_alpha: float, **about: Any
 ) -> None:
-    """Set `lora_alpha` and enter it. What was made from the adapter as it was is forgotten first."""
+    """Set `lora_alpha` and enter it."""
     text = json.dumps({**config, "lora_alpha": tuned_alpha * strength}, indent=2) + "\n"
     path = run.root / "adapter" / CONFIG
-    changed = config["lora_alpha"] != tuned_alpha * strength
-    if changed:
-        names = run.manifest()["artefacts"]
-        run.forget(*(name for name in names if name == "merged" or name.startswith(("gguf/", "data/imatrix"))))
     _enter(run, asked=asked, strength=strength, tuned_alpha=tuned_alpha, config_sha256=sha256_text(text), **about)
-    if changed:
+    if config["lora_alpha"] != tuned_alpha * strength:
         write_atomic(path, text)
         _record(run)
 

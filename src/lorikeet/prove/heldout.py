@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorikeet.errors import InputError
 from lorikeet.messages import Conversation, Message
@@ -20,9 +20,9 @@ class Heldout:
     conversations: list[Conversation]
     own: list[Encoded]
     strangers: list[Encoded]
-    """The last answer of the first ones after the context of another; only that answer is supervised."""
+    """The last answer of the first ones after another's context; only that answer is supervised."""
     skipped: int
-    """Conversations longer than max_length, or that the template refuses."""
+    """Conversations longer than max_length, without an answer to a question, or that the template refuses."""
 
     @property
     def last_tokens(self) -> list[int]:
@@ -43,28 +43,32 @@ def encode_heldout(prompt: PromptFormat, conversations: Sequence[Conversation], 
             row = prompt.encode(conversation)
         except InputError:
             continue
-        if len(row.ids) <= max_length and row.supervised_tokens:
+        if len(row.ids) <= max_length and row.supervised_tokens and question_of(conversation):
             kept.append(conversation)
             own.append(row)
     if len(kept) < 2:
         raise InputError(f"{len(kept)} held-out conversations fit into {max_length} tokens; at least 2 are needed")
-    strangers = []
-    for conversation, other in zip(kept[:MOST_STRANGERS], [*kept[1:], kept[0]], strict=False):
-        swapped = Conversation((*other.messages[:-1], conversation.messages[-1]), conversation.origin)
-        strangers.append(only_last_answer(prompt.encode(swapped)))
+    strangers = [
+        _after_stranger(prompt, conversation, other)
+        for conversation, other in zip(kept[:MOST_STRANGERS], [*kept[1:], kept[0]], strict=False)
+    ]
     return Heldout(kept, own, strangers, len(conversations) - len(kept))
 
 
-def only_last_answer(row: Encoded) -> Encoded:
-    """Return `row` with nothing supervised but its last answer."""
-    end = max(place for place, counted in enumerate(row.supervised) if counted) + 1
-    start = end
-    while start and row.supervised[start - 1]:
-        start -= 1
-    return Encoded(row.ids, [start <= place < end for place in range(len(row.ids))])
+def _after_stranger(prompt: PromptFormat, conversation: Conversation, other: Conversation) -> Encoded:
+    """Return the last answer of `conversation` after what leads to the last one of `other`; nothing else is supervised."""
+    context = (replace(message, supervised=False) for message in other.messages[: _learned(other)[-1]])
+    answer = conversation.messages[_learned(conversation)[-1]]
+    return prompt.encode(Conversation((*context, answer), conversation.origin))
 
 
 def question_of(conversation: Conversation) -> tuple[Message, ...]:
-    """Return the turns before the first answer."""
-    first = next(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
-    return conversation.messages[:first]
+    """Return the turns before the first answer to a user that is learned from; () if there is none."""
+    roles = [message.role for message in conversation.messages]
+    asked = (place for place in _learned(conversation) if "user" in roles[:place])
+    return conversation.messages[: next(asked, 0)]
+
+
+def _learned(conversation: Conversation) -> list[int]:
+    """Return the places of the answers that are learned from."""
+    return [p for p, message in enumerate(conversation.messages) if message.role == "assistant" and message.supervised]

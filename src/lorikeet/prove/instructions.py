@@ -24,6 +24,9 @@ from lorikeet.files import sha256_file, sha256_text
 from lorikeet.messages import Message
 from lorikeet.prove.ask import Answer, Asking, Done
 
+IFEVAL_TOKENS = 1280
+"""Longest answer that IFEval's own authors allowed."""
+
 REPORT_EVERY_S = 20.0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.card import write_card
-from lorikeet.config import ProveConfig
+from lorikeet.config import ProveConfig, require_positive
 from lorikeet.data.instructions import load_prompts
 from lorikeet.data.load import load_conversations
 from lorikeet.errors import InputError
@@ -26,6 +26,7 @@ from lorikeet.prompt import PromptFormat
 from lorikeet.prove.base import measure_base
 from lorikeet.prove.grounding import load_probes
 from lorikeet.prove.heldout import encode_heldout
+from lorikeet.prove.instructions import IFEVAL_TOKENS
 from lorikeet.prove.judge import judge
 from lorikeet.prove.measure import Measured, Plan, measure, measure_noise, timed
 from lorikeet.prove.report import write_html
@@ -38,8 +39,9 @@ from lorikeet.weights import base_gguf_path
 def prove(root: Path, config: ProveConfig) -> dict[str, Any]:
     """Compare base and tuned model, write the reports and return what `proof.json` holds.
 
-    Raises InputError if the run is not exported.
+    Raises InputError if the run is not exported, or for settings that ask nothing.
     """
+    require_positive(config, "answers", "max_answer_tokens", "max_instruction_tokens", "resamples")
     run = RunFolder.open(root)
     name = f"gguf/model-{config.quant}.gguf"
     tuned_gguf = run.require(name, command="lorikeet export")
@@ -100,6 +102,13 @@ def _plan(run: RunFolder, manifest: dict[str, Any], config: ProveConfig) -> Plan
     run.verify("data/heldout.jsonl")
     prompt = PromptFormat.load(run.require("adapter", command="lorikeet tune"))
     instructed = load_prompts(Path(config.ifeval) if config.ifeval else None)
+    if config.ifeval and config.max_instruction_tokens < IFEVAL_TOKENS:
+        print(
+            f"answers to {config.ifeval} end at {config.max_instruction_tokens} tokens, so what must be longer fails for both "
+            f"models; as IFEval is asked, and slower: --max-instruction-tokens {IFEVAL_TOKENS}",
+            file=sys.stderr,
+            flush=True,
+        )
     conversations = load_conversations(str(file)).conversations
     heldout = encode_heldout(prompt, conversations, max_length=manifest["config"]["tune"]["max_length"])
     return Plan(heldout, prompt, instructed, load_probes(), str(manifest.get("system_prompt", "")), config)
