@@ -36,6 +36,7 @@ def check(schema: Any) -> None:
         {"type": "array", "prefixItems": [TEXT, {"type": "boolean"}]},
         {"type": "object", "properties": {"a": TEXT}, "additionalProperties": {"type": "number"}},
         {**TEXT, "pattern": "^[a-z]{2,3}-(en|de)$"},
+        {**TEXT, "pattern": "^(a{2,9}-){0,99}(b{9}|c{9})$"},
         {**TEXT, "format": "date"},
         {"$defs": {"tree": TREE}, "$ref": "#/$defs/tree"},
     ],
@@ -69,7 +70,12 @@ def test_what_can_be_enforced_passes(schema: Any) -> None:
         ({**TEXT, "pattern": "(a"}, "/pattern must begin"),
         ({**TEXT, "pattern": "^(a$"}, "/pattern is no regular expression"),
         ({**TEXT, "pattern": r"^\d+$"}, "/pattern must begin"),
+        ({**TEXT, "pattern": "^(x[{5}]a{0,99}(b){0,20}){0,99}$"}, "/pattern repeats too much"),
         ({**TEXT, "format": "email"}, "/format must be"),
+        ({**TEXT, "format": ["date"]}, "/format must be"),
+        ({"type": "object", "properties": {"x": TEXT}, "required": [["x"]]}, "/required must be"),
+        ({"type": [["x"], "null"]}, "/type must be"),
+        ({"type": [["x"], "null"], "minimum": 1}, "/type of two types"),
         ({"$ref": "https://example.com/x.json"}, "/$ref must be"),
         ({"$ref": "#/$defs/none"}, "/$ref leads nowhere"),
         ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "leads back"),
@@ -97,6 +103,22 @@ def test_a_deep_or_wide_schema_is_refused_at_once() -> None:
         with pytest.raises(RequestError, match="too large"):
             check(schema)
     assert time.monotonic() - began_s < 2
+
+
+def chained(count: int, link: Any) -> Any:
+    """Return a schema of so many definitions, each of which is what `link` makes of a reference to the next."""
+    names = {f"a{n}": link({"$ref": f"#/$defs/a{n + 1}"}) for n in range(count)}
+    return {"$defs": {**names, f"a{count}": TEXT}, "$ref": "#/$defs/a0"}
+
+
+def test_references_are_followed_once_however_they_are_chained() -> None:
+    began_s = time.process_time()
+    check(chained(480, lambda reference: reference))
+    check(chained(480, lambda reference: {"anyOf": [reference]}))
+    check(chained(8, lambda reference: {"anyOf": [reference, reference]}))
+    with pytest.raises(RequestError, match="can be more than 500 schemas"):
+        check(chained(300, lambda reference: {"anyOf": [reference, reference]}))
+    assert time.process_time() - began_s < 1
 
 
 def test_other_formats_are_not_looked_at() -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import struct
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import httpx
 import pytest
 
+from lorikeet.cli import resolve_target
+from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LlamaEngine
 from lorikeet.errors import EngineError, InputError, RequestError
 from lorikeet.export.gguf import write_gguf
 from lorikeet.gguf_header import read_header
-from lorikeet.messages import Message
+from lorikeet.messages import Delta, Message
+from lorikeet.run import usable_cores
+from lorikeet.serve import launch
+from tests.serve.fakes import silent_server
 
 HELLO = [Message("user", "hello there")]
 
@@ -33,7 +41,10 @@ def gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_streamed_answer_is_the_same_with_a_seed(gguf: Path) -> None:
     with LlamaEngine(gguf) as engine:
-        first, second = (list(engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=4)) for _ in range(2))
+        first, second = (
+            [delta for delta in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=4) if delta != Delta("")]
+            for _ in range(2)
+        )
         other = "".join(d.text for d in engine.stream(HELLO, max_tokens=24, temperature=1.0, seed=5))
     assert first == second
     assert "".join(d.text for d in first) != other
@@ -105,8 +116,11 @@ def test_a_remote_engine_is_the_same_protocol(gguf: Path) -> None:
         key = local._http.headers["Authorization"].removeprefix("Bearer ")
         with HttpEngine.connect(f"{local._http.base_url}/v1", api_key=key) as remote:
             assert remote.healthy()
-            mine = [d.text for d in local.stream(HELLO, max_tokens=8, temperature=0.0, seed=1)]
-            assert [d.text for d in remote.stream(HELLO, max_tokens=8, temperature=0.0, seed=1)] == mine
+            mine, theirs = (
+                [d.text for d in engine.stream(HELLO, max_tokens=8, temperature=0.0, seed=1) if d.text]
+                for engine in (local, remote)
+            )
+            assert mine == theirs
 
 
 def test_nobody_at_the_url_is_one_line() -> None:
@@ -148,8 +162,9 @@ def test_hostile_headers_are_refused(tmp_path: Path, data: bytes, message: str) 
         read_header(path)
 
 
-def test_no_connection_is_used_twice() -> None:
-    """A kept one may be closed by the server, or by another thread, just as a request is put on it."""
+@contextmanager
+def listing(*names: str) -> Iterator[tuple[int, list[tuple[int, str | None]]]]:
+    """A server that lists models; give its port, and each request's port and `Connection` header."""
     seen: list[tuple[int, str | None]] = []
 
     class Models(BaseHTTPRequestHandler):
@@ -157,7 +172,7 @@ def test_no_connection_is_used_twice() -> None:
 
         def do_GET(self) -> None:
             seen.append((self.client_address[1], self.headers["Connection"]))
-            body = b'{"data": [{"id": "one"}]}'
+            body = json.dumps({"data": [{"id": name} for name in names]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -168,8 +183,86 @@ def test_no_connection_is_used_twice() -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        with HttpEngine.connect(f"http://127.0.0.1:{server.server_port}") as engine:
-            engine.get("/v1/models")
+        yield server.server_port, seen
         server.shutdown()
+
+
+@pytest.mark.parametrize(("chosen", "name"), [("", "one"), ("/v1#one", "one"), ("#owner/two:7b", "owner/two:7b")])
+def test_a_servers_model_can_be_chosen_and_its_password_is_shown_to_nobody(chosen: str, name: str) -> None:
+    with listing("one", "owner/two:7b") as (port, _):
+        target = f"http://me:secret@127.0.0.1:{port}{chosen}"
+        source, _, shown = resolve_target(target, ServeConfig())
+        assert source == target and "secret" not in shown
+        engine, origin = launch._open(target, ServeConfig(), shown)
+        assert (engine.name, origin.name) == (name, name)
+        assert engine.problem() == ""
+    assert str(port) in engine.problem() and "secret" not in engine.problem()
+    with pytest.raises(EngineError) as caught:
+        engine.get("/v1/models")
+    assert str(port) in str(caught.value) and "secret" not in str(caught.value)
+    engine.close()
+
+
+def test_a_model_that_a_server_does_not_have_is_one_line() -> None:
+    with listing("one", "two") as (port, _), pytest.raises(InputError, match=r"has no model three.*one, two") as caught:
+        HttpEngine.connect(f"http://me:secret@127.0.0.1:{port}#three")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(InputError, match="is no address"):
+        HttpEngine.connect("http://here:there")
+
+
+def test_no_connection_is_used_twice() -> None:
+    """A kept one may be closed by the server, or by another thread, just as a request is put on it."""
+    with listing("one") as (port, seen), HttpEngine.connect(f"http://127.0.0.1:{port}") as engine:
+        engine.get("/v1/models")
     assert [header for _, header in seen] == ["close", "close"]
     assert len({port for port, _ in seen}) == 2
+
+
+def test_a_server_that_says_nothing_is_left_at_once() -> None:
+    with silent_server() as (url, left), HttpEngine(url, name="mute") as engine:
+        began_s = time.monotonic()
+        with closing(engine.stream(HELLO)) as deltas:
+            assert next(deltas) == Delta("")
+            assert not left.acquire(blocking=False)
+        assert left.acquire(timeout=2)
+        assert time.monotonic() - began_s < 5
+
+
+@pytest.mark.parametrize(("tokens", "types"), [(["a", "b"], 3), ([1, 2], [3, 3]), ([["a"], ["b"]], [3, 3])])
+def test_a_vocabulary_of_another_kind_is_one_line(gguf: Path, tmp_path: Path, tokens: Any, types: Any) -> None:
+    """As `test_hostile_headers_are_refused`, with the rest of the file in order."""
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(header_of(tokens=tokens, types=types))
+    with pytest.raises(InputError, match=r"bad\.gguf is damaged.*fetch or export it again"):
+        read_header(path)
+
+
+def header_of(*, tokens: Any, types: Any) -> bytes:
+    """Return a file of one small tensor with this vocabulary."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    def value(item: Any) -> tuple[int, bytes]:
+        if isinstance(item, list):
+            kinds, parts = zip(*map(value, item), strict=True)
+            return 9, struct.pack("<IQ", kinds[0], len(item)) + b"".join(parts)
+        return (8, text(item)) if isinstance(item, str) else (5, struct.pack("<i", item))
+
+    pairs = [("tokenizer.ggml.tokens", value(tokens)), ("tokenizer.ggml.token_type", value(types))]
+    body = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs))
+    body += b"".join(text(key) + struct.pack("<I", kind) + data for key, (kind, data) in pairs)
+    body += text("t") + struct.pack("<IQIQ", 1, 1, 0, 0)
+    return body + bytes(-len(body) % 32 + 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_as_many_threads_are_used_as_there_are_cores_to_use() -> None:
+    before = os.sched_getaffinity(0)
+    assert usable_cores() == len(before)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)

@@ -17,7 +17,7 @@ from lorikeet.errors import RequestError
 MAX_DEPTH = 32
 MAX_NODES = 1000
 MAX_CHOICES = 500
-"""Of one `enum`, `anyOf` or `oneOf`."""
+"""Of one `enum`, `anyOf` or `oneOf`, and of all that a reference can stand for."""
 MAX_OPTIONAL = 100
 """Of properties in one object: the grammar grows with their square."""
 MAX_REPEAT = 1000
@@ -66,6 +66,8 @@ class _Check:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._nodes = 0
+        self._choices: dict[str, int] = {}
+        """Reference -> how many schemas it can stand for."""
 
     def node(self, schema: Any, place: str, *, depth: int, repeated: int) -> None:
         """Check a schema and those in it."""
@@ -99,34 +101,55 @@ class _Check:
         parts = value.split("/") if isinstance(value, str) else []
         if len(parts) != 3 or parts[0] != "#" or parts[1] not in {"$defs", "definitions"}:
             raise _wrong(place, "must be of the form #/$defs/name")
-        found = self._root.get(parts[1], {}) if isinstance(self._root, dict) else {}
-        target = found.get(parts[2]) if isinstance(found, dict) else None
-        if not isinstance(target, dict):
+        if not isinstance(self._target(value), dict):
             raise _wrong(place, f"leads nowhere: there is no {value[:60]}")
-        if self._leads_back(target, {value}):
-            raise _wrong(place, "leads back to itself before anything is written")
+        self._follow(value, place)
 
-    def _leads_back(self, schema: Any, seen: set[str]) -> bool:
-        """Say whether `schema` can be a reference in `seen` without writing a character first."""
-        if not isinstance(schema, dict):
-            return False
-        reference = schema.get("$ref")
-        if isinstance(reference, str):
-            if reference in seen:
-                return True
-            _, _, path = reference.partition("#/")
-            kind, _, name = path.partition("/")
-            target = self._root.get(kind, {})
-            return self._leads_back(target.get(name) if isinstance(target, dict) else None, {*seen, reference})
-        choices = schema.get("anyOf", schema.get("oneOf", ()))
-        return any(self._leads_back(choice, seen) for choice in (choices if isinstance(choices, list) else ()))
+    def _target(self, reference: str) -> Any:
+        """Return what a reference leads to; None for nowhere."""
+        kind, _, name = reference.removeprefix("#/").partition("/")
+        named = self._root.get(kind) if isinstance(self._root, dict) else None
+        return named.get(name) if isinstance(named, dict) else None
+
+    def _follow(self, reference: str, place: str) -> None:
+        """Count the schemas that `reference` can stand for: the grammar tries all of them at once.
+
+        Raises RequestError if there are too many, or none because it leads back before a character is written.
+        """
+        path = {reference: iter(self._steps(reference))}
+        while path:
+            name, steps = next(reversed(path.items()))
+            step = next(steps, None)
+            if step is None:
+                self._choices[name] = max(1, sum(self._choices[step] for step in self._steps(name)))
+                if self._choices[name] > MAX_CHOICES:
+                    raise _wrong(place, f"can be more than {MAX_CHOICES} schemas")
+                del path[name]
+            elif step in path:
+                raise _wrong(place, "leads back to itself before anything is written")
+            elif step not in self._choices:
+                path[step] = iter(self._steps(step))
+
+    def _steps(self, reference: str) -> list[str]:
+        """Return the references that what `reference` leads to can be, without writing a character first."""
+        steps, choices = [], [self._target(reference)]
+        while choices:
+            schema = choices.pop()
+            if not isinstance(schema, dict):
+                continue
+            if isinstance(schema.get("$ref"), str):
+                steps.append(schema["$ref"])
+                continue
+            more = schema.get("anyOf", schema.get("oneOf"))
+            choices += more if isinstance(more, list) else ()
+        return steps
 
     def _typed(self, schema: dict[str, Any], words: set[str], place: str, *, depth: int, repeated: int) -> None:
         """Check a schema that says what type a value has."""
         kind = schema.get("type")
         if isinstance(kind, list) and len(kind) == 2 and "null" in kind:
             kind = next((name for name in kind if name != "null"), "null")
-            if kind not in _SCALARS and words != {"type"}:
+            if not (isinstance(kind, str) and kind in _SCALARS) and words != {"type"}:
                 raise _wrong(f"{place}/type", 'of two types takes no further keywords; use "anyOf"')
         if not words:
             return  # any value
@@ -145,9 +168,10 @@ class _Check:
     def _object(self, schema: dict[str, Any], place: str, *, depth: int, repeated: int) -> None:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         self._all(properties, f"{place}/properties", depth=depth, repeated=repeated)
-        if not isinstance(required, list) or not all(name in properties for name in required):
+        names = required if isinstance(required, list) else [None]
+        if not all(isinstance(name, str) and name in properties for name in names):
             raise _wrong(f"{place}/required", "must be a list of names in properties")
-        if len(properties) - len(set(map(str, required))) > MAX_OPTIONAL:
+        if len(properties) - len(set(names)) > MAX_OPTIONAL:
             raise _wrong(f"{place}/properties", f"has more than {MAX_OPTIONAL} that are not required")
         more = schema.get("additionalProperties")
         if more is not None and not isinstance(more, bool):
@@ -177,7 +201,7 @@ class _Check:
 def _string(schema: dict[str, Any], place: str, *, repeated: int) -> None:
     if len({"pattern", "format"} & set(schema)) + bool({"minLength", "maxLength"} & set(schema)) > 1:
         raise _wrong(place, "can have a pattern, a format or a length, not two of them")
-    if "format" in schema and schema["format"] not in _FORMATS:
+    if "format" in schema and schema["format"] not in sorted(_FORMATS):
         raise _wrong(f"{place}/format", f"must be one of {', '.join(sorted(_FORMATS))}")
     if _span(schema, "minLength", "maxLength", place, least=0, most=MAX_REPEAT) * repeated > MAX_REPEATED:
         raise _wrong(place, f"repeats too much; all counts inside one another multiply to at most {MAX_REPEATED}")
@@ -190,6 +214,26 @@ def _string(schema: dict[str, Any], place: str, *, repeated: int) -> None:
             raise _wrong(f"{place}/pattern", f"is no regular expression: {error}") from error
         if not fine:
             raise _wrong(f"{place}/pattern", r"must begin with ^, end with $, and have no \d, \w, (?...) or the like")
+        if _most_repeats(pattern) > MAX_REPEAT:
+            raise _wrong(
+                f"{place}/pattern", f"repeats too much; counts inside one another multiply to at most {MAX_REPEAT}"
+            )
+
+
+def _most_repeats(pattern: str) -> int:
+    """Return the largest product of counts, such as `{0,9}`, that stand inside one another in a pattern."""
+    most, inner = [1], 1
+    for part in re.findall(r"\\.|\[[^\]]*\]|\{\d+,?\d*\}|.", pattern, re.DOTALL):
+        if part == "(":
+            most.append(1)
+        elif part == ")":
+            inner = most.pop()
+        elif len(part) > 1 and part[0] == "{":
+            inner *= max(int(count or 0) for count in part[1:-1].split(","))
+        else:
+            inner = 1
+        most[-1] = max(most[-1], inner)
+    return most[0]
 
 
 def _span(schema: dict[str, Any], low: str, high: str, place: str, *, least: int, most: int) -> int:

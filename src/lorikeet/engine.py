@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import subprocess
 import sys
@@ -31,10 +30,12 @@ from numpy.typing import NDArray
 from lorikeet.answer_schema import check_answer_schema
 from lorikeet.completion import AnswerReader, error_text, read_events
 from lorikeet.errors import EngineError, InputError, LorikeetError, MissingExtraError, RequestError
+from lorikeet.exchange import Exchange
 from lorikeet.files import sha256_file
 from lorikeet.gguf_header import Header, read_header
 from lorikeet.messages import AnswerOptions, Delta, Message
 from lorikeet.prompt import defuse
+from lorikeet.run import usable_cores
 
 START_TIMEOUT_S = 120.0
 READ_TIMEOUT_S = 600.0
@@ -105,17 +106,26 @@ class HttpEngine:
         self._is_llama_server = False
         """Whether it knows llama-server's own fields."""
         self._http = _client(url, api_key)
+        self._address = public_address(url)
 
     @classmethod
     def connect(cls, url: str, *, api_key: str = "") -> HttpEngine:
-        """Return an engine for a running server, with the first model that it lists. Raises EngineError."""
-        engine = cls(url, name="", api_key=api_key)
+        """Return an engine for a running server, with the first model that it lists, or the one named after a `#`.
+
+        Raises InputError for what is no address and a model that is not listed, EngineError if the server does not answer.
+        """
+        address, _, name = url.partition("#")
+        shown = public_address(address)
+        engine = cls(address, name=name, api_key=api_key)
         try:
-            listed = engine.get("/v1/models")["data"]
-            engine.name = str(listed[0]["id"])
-            engine._is_llama_server = listed[0].get("owned_by") == "llamacpp"
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise EngineError(f"{url} lists no model at /v1/models; is it an OpenAI-compatible server?") from error
+            listed = {str(model["id"]): model for model in engine.get("/v1/models")["data"]}
+            engine.name = name or next(iter(listed))
+            is_llama_server = {key: model.get("owned_by") == "llamacpp" for key, model in listed.items()}
+        except (KeyError, StopIteration, TypeError, AttributeError) as error:
+            raise EngineError(f"{shown} lists no model at /v1/models; is it an OpenAI-compatible server?") from error
+        if engine.name not in listed:
+            raise InputError(f"{shown} has no model {name}; after the # it takes one of: {', '.join(listed)[:500]}")
+        engine._is_llama_server = is_llama_server[engine.name]
         return engine
 
     def __enter__(self) -> Self:
@@ -139,7 +149,7 @@ class HttpEngine:
 
     def problem(self) -> str:
         """Return that it does not answer, or ''."""
-        return "" if self.healthy() else f"the engine at {self._http.base_url} does not answer"
+        return "" if self.healthy() else f"the engine at {self._address} does not answer"
 
     def get(self, route: str) -> Any:
         """Return the JSON of a GET. Raises EngineError."""
@@ -191,13 +201,16 @@ class HttpEngine:
         return [self._defused(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _deltas(self, body: dict[str, Any], reader: AnswerReader) -> Generator[Delta, None, None]:
-        with self._failures(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if not response.is_success:
-                response.read()
-                self._raise(response)
-            for event in read_events(response):
+        with self._failures(), Exchange(self._http, "/v1/chat/completions", body, read=self._events) as exchange:
+            for event in exchange.items():
                 yield from reader.read(event)
         yield reader.last()
+
+    def _events(self, response: httpx.Response) -> Iterator[Any]:
+        if not response.is_success:
+            response.read()
+            self._raise(response)
+        yield from read_events(response)
 
     def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
         with self._failures():
@@ -226,7 +239,7 @@ class HttpEngine:
             yield
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(
-                f"the engine at {self._http.base_url} does not answer: {error or type(error).__name__}"
+                f"the engine at {self._address} does not answer: {error or type(error).__name__}"
             ) from error
 
 
@@ -260,7 +273,7 @@ class LlamaEngine(HttpEngine):
             "gguf": str(gguf),
             "context_tokens": context_tokens * slots,
             "slots": slots,
-            "threads": threads or os.cpu_count() or 1,
+            "threads": threads or usable_cores(),
             "scoring": scoring,
         }
         self._closing = threading.Event()
@@ -483,6 +496,14 @@ class LateEngine:
                 self._engine = engine
                 return
         engine.close()
+
+
+def public_address(url: str) -> str:
+    """Return a server's address as it may be shown, without the name and password in it. Raises InputError if it is none."""
+    try:
+        return str(httpx.URL(url).copy_with(userinfo=b""))
+    except httpx.InvalidURL as error:
+        raise InputError(f"{url[:100]!r} is no address ({error}); give one such as http://127.0.0.1:8080") from error
 
 
 def _client(url: str, api_key: str) -> httpx.Client:

@@ -30,6 +30,7 @@ def main() -> None:
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
     params.use_jinja = True
+    params.prefill_assistant = False  # a conversation that ends with the assistant's turn gets a new one
     params.verbosity = 1
     params.ui = False
     params.cache_ram_mib = 0

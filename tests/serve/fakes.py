@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,7 +134,7 @@ class CountingEars:
 
     def transcribe_timed(
         self, samples: Samples, *, language: str = "", prompt: str = "", temperature: float = 0.0, words: bool = False
-    ) -> TimedTranscript:
+    ) -> Generator[Segment, None, TimedTranscript]:
         """Hear the same in one segment, from a quarter of the sound to its end, whose words share the time."""
         self.asked.append({"language": language, "prompt": prompt, "temperature": temperature, "words": words})
         heard = self.transcribe(samples)
@@ -143,6 +144,8 @@ class CountingEars:
         segment = Segment(
             text=heard.text, start_s=start_s, end_s=heard.duration_s, words=tuple(timed) if words else (), tokens=(1, 2)
         )
+        if said:
+            yield segment
         return TimedTranscript((segment,) if said else (), language or "en", heard.duration_s)
 
 
@@ -171,3 +174,28 @@ def served(app: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(10)
             assert not thread.is_alive(), "the server did not end"
+
+
+@contextmanager
+def silent_server() -> Iterator[tuple[str, threading.Semaphore]]:
+    """A server that takes every request, says nothing, and counts the clients that have left."""
+    left = threading.Semaphore(0)
+
+    def wait(connection: socket.socket) -> None:
+        with connection:
+            while connection.recv(65536):
+                pass
+            left.release()
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=wait, args=(connection,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", left
+        listener.shutdown(socket.SHUT_RDWR)

@@ -88,8 +88,9 @@ def test_the_oldest_turns_go_when_a_history_does_not_fit() -> None:
     history = [*turns, Message("user", "and now?")]
     config = ServeConfig(context_tokens=300, max_answer_tokens=60)
     assistant = make(engine, system_prompt="Be brief.", config=config, count_tokens=lambda text: len(text.split()))
-    list(assistant.respond(history))
+    *_, done = assistant.respond(history)
     asked = engine.asked[0]
+    assert done == Done("stop", Usage(7, 3), dropped_turns=len(history) + 1 - len(asked))
     assert asked[0] == Message("system", "Be brief.")
     assert asked[1].role == "user"
     assert asked[1:] == history[-len(asked) + 1 :]
@@ -112,13 +113,24 @@ def test_the_question_stays_however_long_it_is() -> None:
     assert engine.asked[0] == history[-1:]
 
 
-def test_a_request_can_only_lower_the_limit() -> None:
+@pytest.mark.parametrize(("public", "limits"), [(False, [50, 10, 2000, 4096]), (True, [50, 10, 50, 50])])
+def test_an_answer_may_be_as_long_as_is_asked_and_as_the_context_allows(public: bool, limits: list[int]) -> None:
     engine = ScriptedEngine()
-    assistant = make(engine, config=ServeConfig(max_answer_tokens=50, temperature=0.7))
-    for limit in (None, 10, 5000):
-        list(assistant.respond([Message("user", "Hi")], max_tokens=limit))
-    assert [options["max_tokens"] for options in engine.options] == [50, 10, 50]
+    assistant = make(engine, config=ServeConfig(max_answer_tokens=50, temperature=0.7, public=public))
+    for asked, limit in zip((None, 10, 2000, 9000), limits, strict=True):
+        *_, done = assistant.respond([Message("user", "Hi")], max_tokens=asked)
+        assert isinstance(done, Done) and done.max_tokens == limit
+    assert [options["max_tokens"] for options in engine.options] == limits
     assert {options["temperature"] for options in engine.options} == {0.7}
+
+
+def test_a_long_answer_that_is_allowed_drops_no_history() -> None:
+    engine = ScriptedEngine()
+    history = [Message("user", "a " * 90), Message("assistant", "b " * 90), Message("user", "c")]
+    config = ServeConfig(context_tokens=400, max_answer_tokens=100)
+    *_, done = make(engine, config=config, count_tokens=lambda text: len(text.split())).respond(history, max_tokens=400)
+    assert isinstance(done, Done) and done.dropped_turns == 0
+    assert engine.asked == [history]
 
 
 def test_temperature_zero_is_not_taken_for_none() -> None:
@@ -182,13 +194,29 @@ def test_functions_take_their_share_of_the_context() -> None:
     assert [len(asked) for asked in engine.asked] == [3, 1]
 
 
-@pytest.mark.parametrize(
-    "messages", [[], [Message("system", "x")], [Message("user", "a"), Message("assistant", "b")], [RESULT]]
-)
-def test_a_conversation_must_end_with_the_user_or_a_function(messages: list[Message]) -> None:
+def test_a_conversation_must_have_a_turn() -> None:
     with pytest.raises(RequestError, match="user") as caught:
-        list(make().respond(messages))
+        list(make().respond([]))
     assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [Message("system", "What is the weather?")],
+        [Message("assistant", "What is the weather?")],
+        [*WEATHER, Message("assistant", "It snows.")],
+        [*WEATHER, Message("system", "What is the weather?")],
+    ],
+)
+@pytest.mark.parametrize("context_tokens", [4096, 40])
+def test_where_no_user_asks_last_nothing_is_searched_for(messages: list[Message], context_tokens: int) -> None:
+    engine, provider = ScriptedEngine(), ScriptedProvider(OSLO)
+    config = ServeConfig(context_tokens=context_tokens, max_answer_tokens=8)
+    *_, done = make(engine, provider, config=config).respond(messages, search="always")
+    assert done == Done("stop", Usage(7, 3))
+    assert engine.asked == [messages]
+    assert provider.queries == []
 
 
 def test_only_what_fits_the_budget_is_given_and_told() -> None:

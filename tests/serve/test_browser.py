@@ -294,11 +294,16 @@ def test_the_page_fits_a_phone(browser: Any, ears: Ears) -> None:
         ask(page, "x" * 120)
         page.wait_for_selector("#chat .bot >> text=word word")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        for part in ("#composer", "#clip .record-button", "#fresh"):
-            box = page.locator(part).bounding_box()
-            assert box["x"] >= 0
-            assert box["x"] + box["width"] <= 390
-            assert box["y"] + box["height"] <= 844
+        fits(page, "#composer", "#clip .record-button", "#fresh", "#open-mic")
+
+
+def fits(page: Any, *parts: str) -> None:
+    """Check that each part is wholly on a screen of 390 by 844."""
+    for part in parts:
+        box = page.locator(part).bounding_box()
+        assert box["x"] >= 0, part
+        assert box["x"] + box["width"] <= 390, part
+        assert box["y"] + box["height"] <= 844, part
 
 
 @pytest.fixture
@@ -480,5 +485,9 @@ def test_the_open_microphone_speaks_with_the_model_that_is_chosen(browser: Any, 
     with served(app) as url, page_of(browser, url) as page:
         page.click("#model >> text=small-base")
         page.click("#open-mic")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_selector("#open-mic >> text=Stop talking")
+        fits(page, "#open-mic", "#clip .record-button", "#search", "#model")
         page.wait_for_selector("#chat .bot >> text=I am the base.")
         assert (len(tuned.asked), len(base.asked) >= 1) == (0, True)
+        shoot(page, "talking-390.png")

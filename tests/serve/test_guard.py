@@ -155,3 +155,14 @@ def test_a_length_that_is_no_number_is_refused(open_: str) -> None:
     connection.endheaders()
     assert connection.getresponse().status == 400
     connection.close()
+
+
+def test_a_form_that_spells_half_a_character_is_a_wrong_key(locked: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="key"\r\n\r\n\\ud800\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    assert httpx.post(f"{locked}/login", content=body, headers=headers).status_code == 401
+    body = body.replace(b'"key"', b'"prompt"').replace(
+        b"--x--", b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--x--'
+    )
+    answer = httpx.post(f"{locked}/v1/audio/transcriptions", content=body, headers=headers | bearer(API_KEY))
+    assert answer.status_code == 400

@@ -327,3 +327,38 @@ def test_a_server_without_ears_and_voice_says_so() -> None:
     assert (speech.status_code, hearing.status_code) == (400, 400)
     assert "--voice off" in speech.text
     assert "--ears off" in hearing.text
+
+
+def test_null_is_as_if_absent(url: str) -> None:
+    for field in ({"lorikeet": None}, {"lorikeet": {"search": None, "conversation": None}}):
+        answer = post(url, **field)
+        assert (answer.status_code, answer.json()["lorikeet"]["search"]) == (200, None)
+    streamed = post(url, stream=True, stream_options={"include_usage": None})
+    assert streamed.status_code == 200
+    assert '"usage"' not in streamed.text
+
+
+def test_health_can_be_asked_for_its_head_alone(url: str) -> None:
+    answer = httpx.head(f"{url}/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_an_answer_follows_a_system_turn_or_another_answer(url: str, engine: ScriptedEngine) -> None:
+    for messages in ([{"role": "system", "content": "Be."}], [*HI, {"role": "assistant", "content": "Hello."}]):
+        answer = post(url, messages=messages, lorikeet={"search": "always"})
+        assert (answer.status_code, answer.json()["lorikeet"]["search"]) == (200, None)
+        assert [(m.role, m.content) for m in engine.asked[-1]][-1] == (messages[-1]["role"], messages[-1]["content"])
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    refused = post(url, messages=[*HI, {"role": "assistant", "tool_calls": [call]}])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+    assert post(url, messages=[]).status_code == 400
+
+
+def test_what_did_not_fit_is_told(url: str) -> None:
+    history = [{"role": role, "content": "word " * 2000} for role in ("user", "assistant") * 2]
+    answer = post(url, messages=[*history, *HI], max_tokens=2000).json()
+    assert answer["lorikeet"]["context"]["max_tokens"] == 2000
+    assert answer["lorikeet"]["context"]["dropped_turns"] == 4
+    assert post(url).json()["lorikeet"]["context"] == {"dropped_turns": 0, "max_tokens": 512}
+    *_, last, _ = post(url, messages=[*history, *HI], stream=True).text.strip().split("\n\n")
+    assert json.loads(last[6:])["lorikeet"]["context"]["dropped_turns"] == 4

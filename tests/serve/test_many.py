@@ -16,7 +16,7 @@ import pytest
 
 from lorikeet import engine
 from lorikeet.config import ServeConfig
-from lorikeet.engine import EngineDownError, LateEngine, LlamaEngine, _start_child
+from lorikeet.engine import EngineDownError, HttpEngine, LateEngine, LlamaEngine, _start_child
 from lorikeet.errors import EngineError, InputError
 from lorikeet.files import sha256_file
 from lorikeet.messages import Message
@@ -29,7 +29,7 @@ from lorikeet.serve.models import Models, Served, UnknownModelError
 from lorikeet.serve.note import Origin
 from lorikeet.serve.queue import BusyError, Queue
 from lorikeet.weights import packaged_gguf
-from tests.serve.fakes import ScriptedEngine, served, serving
+from tests.serve.fakes import ScriptedEngine, served, serving, silent_server
 
 
 def wait_until(condition: Any, *, timeout_s: float = 10.0) -> None:
@@ -340,3 +340,20 @@ def test_threads_end_with_their_requests(slow: Any) -> None:
             )
     wait_until(lambda: (queue.waiting, queue.answering) == (0, 0))
     assert threading.active_count() <= before + 12
+
+
+def test_who_leaves_a_remote_engine_that_says_nothing_gives_up_the_slot_and_the_server_ends() -> None:
+    with silent_server() as (remote, left), ThreadPoolExecutor(4) as pool:
+        assistant = Assistant(HttpEngine(remote, name="mute"), config=ServeConfig(slots=4, queue=1))
+        with served(create_app(serving(assistant), page=False)) as url:
+            body = {"messages": [{"role": "user", "content": "Hi"}]}
+            for stream in (True, True, False, False):
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": stream}, timeout=0.5)
+            wait_until(lambda: assistant.queue.answering == 0, timeout_s=5)
+            assert all(left.acquire(timeout=5) for _ in range(4))  # the remote can stop, too
+            for stream in (True, False):
+                pool.submit(ask, url, stream=stream)
+            wait_until(lambda: assistant.queue.answering == 2)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 6

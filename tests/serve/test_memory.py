@@ -522,3 +522,13 @@ def test_hard_texts_come_back(shared_store: Store, text: str) -> None:
     assert conversation["turns"][0]["answer"] == storable(text)
     conversation["turns"][0]["answer"].encode()
     assert os.path.getsize(shared_store._path) > 0
+
+
+def test_what_answers_nobody_is_not_kept(path: Path) -> None:
+    with server(path) as url:
+        for messages in (
+            [{"role": "system", "content": "Be."}],
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ):
+            answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages})
+            assert (answer.status_code, answer.json()["lorikeet"]["memory"]) == (200, None)

@@ -278,7 +278,7 @@ def test_rows_are_written_before_anything_is_deleted(
 ) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     code, _, error = memory(kept, "--sft", tmp_path / "folder.jsonl", "--delete-all", capsys=capsys)
-    assert code == 2 and "folder.jsonl cannot be written" in error
+    assert code == 2 and "folder.jsonl: it is a folder; name a file" in error
     out = tmp_path / "all.jsonl"
     assert memory(kept, "--preferences", out, "--delete-all", capsys=capsys)[0] == 0
     assert len(rows_of(out)) == 10
@@ -324,7 +324,7 @@ def test_a_file_that_is_no_memory_is_one_line(path: Path, tmp_path: Path, capsys
         (["--sft", "mine.jsonl"], "is named twice"),
         (["--rated-only"], "give both"),
         (["--delete", "conv_1", "--delete-all"], "exclude each other"),
-        (["--sft", "mine.jsonl/x.jsonl"], "cannot be written"),
+        (["--sft", "mine.jsonl/x.jsonl"], "cannot write mine.jsonl/x.jsonl: "),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(

@@ -40,6 +40,7 @@ def test_until_the_application_is_there_health_is_503() -> None:
         for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions")):
             response = httpx.request(method, listener.url + path)
             assert (response.status_code, response.json()) == (503, {"status": "starting"})
+        assert httpx.head(f"{listener.url}/health").status_code == 503
         listener.stop_waiting()
         with socket.create_connection(("127.0.0.1", listener.port), timeout=2):
             pass  # who connects in between waits, and is not refused

@@ -6,7 +6,8 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -16,9 +17,9 @@ import pytest
 
 from lorikeet.errors import MachineError
 from lorikeet.serve.assistant import Assistant
-from lorikeet.serve.audio import MAX_FILE_S
+from lorikeet.serve.audio import HEARING_PLACES, HEARING_SLOTS, MAX_FILE_S, SPEAKING_PLACES, TURN_S
 from lorikeet.serve.http import create_app
-from lorikeet.speech import HEARING_HZ, Samples
+from lorikeet.speech import HEARING_HZ, Samples, Segment, TimedTranscript
 from lorikeet.speech.audio import decode, decode_pcm16, encode_wav, resample
 from lorikeet.speech.encode import ENCODED_HZ, FORMATS
 from tests.serve.fakes import CountingEars, ScriptedEngine, ToneVoice, served, serving
@@ -268,3 +269,84 @@ def test_translations_are_refused_in_words(url: str) -> None:
     response = httpx.post(f"{url}/v1/audio/translations", files={"file": ("a.wav", b"x" * (2 << 20))})
     assert response.status_code == 404
     assert response.json()["error"]["message"].startswith("translations are not made here")
+
+
+class SlowEars(CountingEars):
+    """Hears a window in a tenth of a second, in each of them a word."""
+
+    def __init__(self, windows: int) -> None:
+        super().__init__()
+        self.windows, self.heard = windows, 0
+
+    def transcribe_timed(self, samples: Samples, **options: Any) -> Generator[Segment, None, TimedTranscript]:
+        segments = []
+        for window in range(self.windows):
+            time.sleep(0.1)
+            self.heard += 1
+            segments.append(Segment(text="word", start_s=window, end_s=window + 1))
+            yield segments[-1]
+        return TimedTranscript(tuple(segments), "en", float(self.windows))
+
+
+LONG = ("long.wav", encode_wav(tone(TURN_S + 1), HEARING_HZ))
+
+
+def transcribe(url: str, *, timeout_s: float = 60) -> httpx.Response:
+    return httpx.post(f"{url}/v1/audio/transcriptions", files={"file": LONG}, timeout=timeout_s)
+
+
+def test_more_recordings_than_may_wait_are_refused_and_the_rest_leave_the_server_free() -> None:
+    ears = SlowEars(windows=4)
+    most = HEARING_SLOTS + HEARING_PLACES
+    with served(app_of(None, ears)) as url, ThreadPoolExecutor(most + 24) as pool:
+        asked = [pool.submit(transcribe, url) for _ in range(most + 24)]
+        waits_s = []
+        while not all(answer.done() for answer in asked):
+            began_s = time.monotonic()
+            assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+            waits_s.append(time.monotonic() - began_s)
+            time.sleep(0.1)
+        answers = [answer.result() for answer in asked]
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert all(answer.json()["text"] == "word word word word" for answer in answers if answer.status_code == 200)
+    assert sum(answer.status_code == 200 for answer in answers) >= most
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+    assert sorted(waits_s)[len(waits_s) // 2] < 0.5
+
+
+def test_a_recording_is_heard_no_further_once_its_client_is_gone() -> None:
+    ears = SlowEars(windows=100)
+    with served(app_of(None, ears)) as url:
+        for _ in range(HEARING_SLOTS + 1):
+            with pytest.raises(httpx.ReadTimeout):
+                transcribe(url, timeout_s=0.5)
+        time.sleep(0.4)
+        heard = ears.heard
+        time.sleep(0.4)
+        assert 0 < ears.heard == heard < 60
+
+
+def test_the_server_ends_in_time_while_it_hears() -> None:
+    ears = SlowEars(windows=200)
+    with ThreadPoolExecutor(8) as pool:
+        with served(app_of(None, ears)) as url:
+            for _ in range(8):
+                pool.submit(transcribe, url)
+            while not ears.heard:
+                time.sleep(0.01)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 5
+
+
+def test_more_speeches_than_may_be_under_way_are_refused() -> None:
+    voice = CountedVoice(delay_s=0.02)
+    body = {"input": SENTENCES, "response_format": "pcm"}
+    with served(app_of(voice)) as url, ThreadPoolExecutor(SPEAKING_PLACES + 12) as pool:
+        asked = [
+            pool.submit(httpx.post, f"{url}/v1/audio/speech", json=body, timeout=60)
+            for _ in range(SPEAKING_PLACES + 12)
+        ]
+        statuses = [answer.result().status_code for answer in asked]
+        assert set(statuses) == {200, 503}
+        assert statuses.count(200) >= SPEAKING_PLACES
+        assert httpx.post(f"{url}/v1/audio/speech", json=body).status_code == 200

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -128,3 +130,20 @@ def test_a_prompt_tells_how_a_name_is_spelt(client: openai.OpenAI) -> None:
     file = ("a.flac", speak(client, "We take the Brannock line to the coast.", response_format="flac"))
     heard = client.audio.transcriptions.create(model="whisper-1", file=file, prompt="The Brannock line. Brannock Rail.")
     assert "Brannock" in heard.text
+
+
+def test_who_speaks_is_heard_between_the_windows_of_a_long_recording(recording: Samples) -> None:
+    ears, long_s = load_ears("whisper-tiny.en"), []
+    turn = recording[2 * HEARING_HZ : 5 * HEARING_HZ]
+
+    def hear_long() -> None:
+        assert "river" in ears.transcribe(np.tile(recording, 5)).text
+        long_s.append(time.monotonic())
+
+    thread = threading.Thread(target=hear_long)
+    thread.start()
+    time.sleep(0.3)
+    assert ears.transcribe(turn).text
+    turn_s = time.monotonic()
+    thread.join()
+    assert turn_s < long_s[0]

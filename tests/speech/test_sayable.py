@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 
@@ -198,3 +199,18 @@ def test_a_bracket_that_never_closes_silences_nothing() -> None:
 def test_a_few_words_more_are_no_clause_of_their_own() -> None:
     text = "word " * (MOST_WORDS + 2) + "end."
     assert [*split_clauses(text)] == [text]
+
+
+@pytest.mark.parametrize("letter", [", ", "- ", ".", "?", "\n", "a\n", "1", "a-", "a.", "_a"])
+def test_no_text_takes_the_square_of_its_length(letter: str) -> None:
+    text = letter * (8000 // len(letter))
+    began_s = time.process_time()
+    clauses = [*split_clauses(text)]
+    for clause in clauses:
+        sayable(clause)
+    assert time.process_time() - began_s < 1.5
+    assert "".join(clauses).strip() == text.strip()
+
+
+def test_a_long_number_is_said_digit_by_digit() -> None:
+    assert sayable("7" * 5000) == " ".join(["seven"] * 5000) + "."

@@ -358,3 +358,19 @@ def test_kokoro_speaks_with_the_speaker_that_is_named(tmp_path: Path, monkeypatc
     assert StandInKokoro.asked == [("Good evening.", "bm_george", "en-gb")]
     with pytest.raises(InputError, match="no speaker zeus; there are: af_heart, bm_george"):
         load_voice(f"kokoro:{tmp_path}@zeus")
+
+
+def test_a_broken_voice_of_kokoro_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class InvalidProtobuf(Exception):
+        """As onnxruntime has it: of no class but Exception."""
+
+    def load(model_path: str, voices_path: str) -> None:
+        raise InvalidProtobuf(f"Load model from {model_path} failed:\nProtobuf parsing failed.")
+
+    module = types.ModuleType("kokoro_onnx")
+    module.Kokoro = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kokoro_onnx", module)
+    for file in ("kokoro.onnx", "voices.bin"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(MachineError, match=r"^cannot load the voice kokoro:.*failed:; the packaged one is hibari$"):
+        load_voice(f"kokoro:{tmp_path}")

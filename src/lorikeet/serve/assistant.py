@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, Literal
 
@@ -111,6 +111,10 @@ class Done:
     finish_reason: FinishReason
     usage: Usage | None
     """Token counts, where the engine gives them."""
+    dropped_turns: int = 0
+    """How many of the oldest turns did not fit the context, and were not read."""
+    max_tokens: int | None = field(default=None, compare=False)
+    """How long the answer could be."""
 
 
 Event = Waiting | Searching | Found | SearchFailed | Text | Calling | Done
@@ -225,15 +229,16 @@ class Assistant:
         note: Note | None = None,
         urgent: bool = False,
     ) -> Generator[Event, None, None]:
-        """Yield the events of the answer to the last turn, a user's or a function's; `note` is filled in and kept.
+        """Yield the events of the answer to a conversation; `note` is filled in and kept.
 
-        What is None is the configuration's; `max_tokens` can only lower its limit. Turns that would not fit the
-        context are dropped, oldest first; the system turn and the question, with all that follows it, stay. Closing
-        the iterator stops the generation. An `urgent` one, which is spoken, goes before those that are written. Raises
-        RequestError for a conversation that cannot be answered, BusyError at once if too many wait, EngineError if the
-        engine fails.
+        What is None is the configuration's. `max_tokens` holds as far as the context allows, on a public server as far as
+        the configuration does. Turns that would not fit the context are dropped, oldest first; the system turn and the
+        question, with all that follows it, stay. Only a turn of the user is searched for, and only an answer to a user or
+        a function is kept. Closing the iterator stops the generation. An `urgent` one, which is spoken, goes before those
+        that are written. Raises RequestError for a conversation without a turn or one that the engine refuses, BusyError
+        at once if too many wait, EngineError if the engine fails.
         """
-        noted = note if self._memory else None
+        noted = note if self._memory and messages and messages[-1].role in {"user", "tool"} else None
         events = self._answer(
             messages,
             note=noted,
@@ -283,20 +288,23 @@ class Assistant:
         options: AnswerOptions,
         urgent: bool,
     ) -> Generator[Event, None, None]:
-        _check_end(messages)
-        if messages[-1].role == "tool":
-            search = "off"  # the function's result is what the answer is to rest on
-        limit = min(max_tokens or self._config.max_answer_tokens, self._config.max_answer_tokens)
+        if not messages:
+            raise RequestError("the conversation has no turn; give one of the user", field="messages")
+        if messages[-1].role != "user":
+            search = "off"  # nothing is asked, or a function's result is what the answer is to rest on
+        limit = self._limit(max_tokens)
+        # A client may allow more than it needs: its history is not dropped for that.
+        reserve = min(limit, self._config.max_answer_tokens)
         with self.queue.join(urgent=urgent, ready=False) as ticket:
             conversation = Conversation(tuple(messages)).with_system(self._system_prompt)
             # A search takes seconds and nothing of the engine: meanwhile others are let in.
-            lines = yield from self._search(conversation.messages, search, limit)
+            lines = yield from self._search(conversation.messages, search, reserve)
             question = replace(messages[-1], content=put_before(messages[-1].content, lines))
             conversation = Conversation((*conversation.messages[:-1], question))
             ticket.ready()
             while not ticket.wait(LOOK_UP_S):
                 yield Waiting(ticket.position)
-            prompt = self._fit(conversation.messages, limit, tools=options.tools)
+            prompt = self._fit(conversation.messages, reserve, tools=options.tools)
             if note is not None:
                 note.question, note.prompt = messages[_question(messages)].content, tuple(prompt)
             sampling: dict[str, Any] = {} if top_p is None else {"top_p": top_p}
@@ -309,7 +317,14 @@ class Assistant:
                 options=options,
                 **sampling,
             )
-            yield from _events(answer)
+            dropped = len(conversation.messages) - len(prompt)
+            for event in _events(answer):
+                yield replace(event, dropped_turns=dropped, max_tokens=limit) if isinstance(event, Done) else event
+
+    def _limit(self, max_tokens: int | None) -> int:
+        """Return how long an answer may be for which so many tokens were asked."""
+        usual = self._config.max_answer_tokens
+        return min(max_tokens or usual, usual if self._config.public else self._config.context_tokens)
 
     def _search(
         self, messages: Sequence[Message], search: Search, answer_tokens: int
@@ -354,7 +369,7 @@ class Assistant:
     ) -> list[Message]:
         """Return the messages without the oldest turns that, with room for an answer, exceed the context.
 
-        What remains starts with a turn of the user, as templates demand. `tools` are written into the prompt too.
+        What remains starts with a turn of the user, as templates demand, if there is one. `tools` are written into the prompt too.
         """
         budget = self._prompt_tokens(answer_tokens)
         system = list(messages[:1]) if messages[0].role == "system" else []
@@ -374,17 +389,10 @@ class Assistant:
         return [*system, *turns[first:]]
 
 
-def _check_end(messages: Sequence[Message]) -> None:
-    """Raise RequestError for a conversation that does not wait for the assistant."""
-    if not messages or messages[-1].role not in {"user", "tool"}:
-        raise RequestError("the conversation must end with a turn of the user, or a function's", field="messages")
-    if all(message.role != "user" for message in messages):
-        raise RequestError("the conversation must have a turn of the user", field="messages")
-
-
 def _question(messages: Sequence[Message]) -> int:
-    """Return the place of the last turn of the user."""
-    return max(place for place, message in enumerate(messages) if message.role == "user")
+    """Return the place of the last turn of the user; where there is none, of the last turn."""
+    users = (place for place, message in enumerate(messages) if message.role == "user")
+    return max(users, default=max(0, len(messages) - 1))
 
 
 def _written(message: Message) -> str:

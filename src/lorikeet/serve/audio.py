@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import closing
+from contextlib import aclosing, closing
 from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
 import anyio
-from fastapi import FastAPI, Form, UploadFile
+from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
@@ -24,9 +24,10 @@ from lorikeet.errors import InputError, LorikeetError
 from lorikeet.serve.guard import AUDIO_LIMIT_BYTES, error_body
 from lorikeet.serve.models import UnknownModelError
 from lorikeet.serve.openapi import TEXT
+from lorikeet.serve.queue import Queue
 from lorikeet.serve.stream import ClosingResponse, kind_of, pull, server_sent_event, status_of
 from lorikeet.serve.wire import SpeechRequest
-from lorikeet.speech import Ears, Samples, Segment, TimedTranscript, Voice, Word
+from lorikeet.speech import HEARING_HZ, Ears, Samples, Segment, TimedTranscript, Voice, Word
 from lorikeet.speech.audio import decode
 from lorikeet.speech.clauses import split_clauses
 from lorikeet.speech.encode import FORMATS, change_speed, encode, media_type
@@ -42,7 +43,16 @@ VOICES = (
 """Names that OpenAI's clients send by habit; they mean what is served."""
 
 MAX_FILE_S = 300.0
-"""Longer recordings would keep the ears from everybody's turns for minutes."""
+"""Longer recordings would take minutes of everybody's cores."""
+
+TURN_S = 30.0
+"""A recording of one window is heard as fast as a spoken turn; a longer one window by window, and turns go between."""
+
+HEARING_SLOTS, HEARING_PLACES = 2, 16
+"""Recordings that are heard at once, and how many more may wait."""
+
+LOOK_UP_S = 0.1
+"""How often a recording that waits looks whether it is its turn."""
 
 MAX_PROMPT_CHARACTERS = 4000
 """Whisper itself reads the last 223 tokens."""
@@ -50,8 +60,8 @@ MAX_PROMPT_CHARACTERS = 4000
 BREATH_WORDS = 40
 """Most words that a voice says in one go. It needs longer for each word the more there are, and keeps all others waiting."""
 
-SPEAKING_THREADS = 4
-"""Speeches that are made at once; further ones wait without a thread. A voice speaks one clause at a time anyway."""
+SPEAKING_THREADS, SPEAKING_PLACES = 4, 36
+"""Clauses that are spoken at once, and the most speeches under way. A voice speaks one clause at a time anyway."""
 
 
 class TranscriptionRequest(BaseModel):
@@ -136,34 +146,34 @@ HEARD: dict[int | str, dict[str, Any]] = {
 
 def add_audio_routes(app: FastAPI, ears: Ears | None, voice: Voice | None) -> None:
     """Add the two routes to `app`; without `ears` or `voice` theirs answers 400."""
+    # Lines and threads of their own: whoever hears or speaks keeps nobody from the other routes.
+    hearing = Queue(slots=HEARING_SLOTS, places=HEARING_PLACES)
+    hearing_limiter = anyio.CapacityLimiter(HEARING_SLOTS)
 
     @app.post("/v1/audio/transcriptions", responses=HEARD)
-    def transcribe(request: Annotated[TranscriptionRequest, Form()]) -> Response:
+    async def transcribe(form: Annotated[TranscriptionRequest, Form()], request: Request) -> Response:
         if ears is None:
             raise InputError("this server does not hear: it was started with --ears off")
-        _check_model(request.model, (*HEARING_MODELS, ears.name))
-        data = request.file.file.read(AUDIO_LIMIT_BYTES + 1)
-        if len(data) > AUDIO_LIMIT_BYTES:
-            raise HTTPException(413, f"the file is too large; at most {AUDIO_LIMIT_BYTES >> 20} MiB are taken")
-        samples = decode(data, max_seconds=MAX_FILE_S)
-        if request.is_plain:
-            # No time is asked for: a short clip is then heard as fast as a spoken turn.
-            heard = ears.transcribe(samples)
-            return request.written(TimedTranscript((), "", heard.duration_s), heard.text)
-        timed = ears.transcribe_timed(
-            samples,
-            language=request.language.lower(),
-            prompt=request.prompt,
-            temperature=request.temperature,
-            words="word" in request.granularities,
-        )
-        return request.written(timed, timed.text)
+        _check_model(form.model, (*HEARING_MODELS, ears.name))
+        with hearing.join() as ticket:
+            while not ticket.wait(0):
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+                await anyio.sleep(LOOK_UP_S)
+            async with aclosing(pull(_heard(ears, form), hearing_limiter)) as heard:
+                async for part in heard:
+                    if isinstance(part, Response):
+                        return part
+                    if await request.is_disconnected():
+                        break
+        return Response(status_code=499)
 
     @app.post("/v1/audio/translations")
     def translate() -> None:
         raise HTTPException(404, "translations are not made here; /v1/audio/transcriptions writes down what is said")
 
-    limiter = anyio.CapacityLimiter(SPEAKING_THREADS)
+    speaking = Queue(slots=SPEAKING_PLACES, places=0)
+    speaking_limiter = anyio.CapacityLimiter(SPEAKING_THREADS)
 
     @app.post("/v1/audio/speech", responses=SPEECH)
     async def speak(body: SpeechRequest) -> Response:
@@ -172,12 +182,43 @@ def add_audio_routes(app: FastAPI, ears: Ears | None, voice: Voice | None) -> No
         _check_model(body.model, (*SPEAKING_MODELS, voice.name))
         if body.voice not in (*VOICES, voice.name):
             raise InputError(f"voice: {body.voice[:40]!r} is not known; there is: {voice.name}")
-        pulled = pull(_speech(voice, body), limiter)
+        pulled = _counted(pull(_speech(voice, body), speaking_limiter), speaking)
         # The first sound decides the status: after it an error can only break the stream off.
         first = await anext(pulled)
         if body.stream_format == "sse":
             return ClosingResponse(pulled, _sound_events(first, pulled), media_type="text/event-stream")
         return ClosingResponse(pulled, _joined(first, pulled), media_type=media_type(body.response_format))
+
+
+def _heard(ears: Ears, form: TranscriptionRequest) -> Generator[Segment | Response, None, None]:
+    """Yield what is heard in the file as it is heard, and at the end the answer.
+
+    Raises HTTPException for a file that is too large, InputError for one that is no sound.
+    """
+    data = form.file.file.read(AUDIO_LIMIT_BYTES + 1)
+    if len(data) > AUDIO_LIMIT_BYTES:
+        raise HTTPException(413, f"the file is too large; at most {AUDIO_LIMIT_BYTES >> 20} MiB are taken")
+    samples = decode(data, max_seconds=MAX_FILE_S)
+    if form.is_plain and samples.size <= TURN_S * HEARING_HZ:
+        turn = ears.transcribe(samples)
+        yield form.written(TimedTranscript((), "", turn.duration_s), turn.text)
+        return
+    timed = yield from ears.transcribe_timed(
+        samples,
+        language=form.language.lower(),
+        prompt=form.prompt,
+        temperature=form.temperature,
+        words="word" in form.granularities,
+    )
+    yield form.written(timed, timed.text)
+
+
+async def _counted(sound: AsyncGenerator[bytes, None], queue: Queue) -> AsyncGenerator[bytes, None]:
+    """Yield `sound` while it has a place. Raises BusyError, before anything of it is made, where all are taken."""
+    with queue.join():
+        async with aclosing(sound):
+            async for data in sound:
+                yield data
 
 
 def _speech(voice: Voice, body: SpeechRequest) -> Generator[bytes, None, None]:

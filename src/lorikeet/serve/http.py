@@ -85,6 +85,7 @@ def create_app(
 def _add_models(app: FastAPI, served: Models) -> None:
     created_s = int(time.time())
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=HEALTH)
     def health() -> Response:
         problem = served.default.assistant.problem()  # another's is that of who asks for it
@@ -115,7 +116,7 @@ def _add_chat(app: FastAPI, models: Models) -> None:
     @app.post("/v1/chat/completions", responses=CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
         model = models.choose(body.model)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         answer = Answer(model.name, include_usage=include_usage)
         if body.store is not False:
             answer.note = Note(id=answer.id, channel="api", conversation_id=body.lorikeet.conversation)

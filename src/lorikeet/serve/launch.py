@@ -153,7 +153,10 @@ def _open(target: Path | str, config: ServeConfig, model_name: str) -> tuple[Htt
     """Return the engine of a target, and what is known of the model in it."""
     origin = identify(target, model_name, hashes=False)  # the engine takes the hash, once
     if isinstance(target, str):
-        return HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", "")), origin
+        remote = HttpEngine.connect(target, api_key=os.environ.get("OPENAI_API_KEY", ""))
+        from lorikeet.serve.models import DEFAULT
+
+        return remote, replace(origin, name=origin.name if remote.name == DEFAULT else remote.name)
     engine = _start(target, origin, config)
     return engine, replace(origin, gguf_sha256=engine.sha256)
 

@@ -76,14 +76,11 @@ def check_outputs(memory: Path, outputs: Iterable[Path | None]) -> None:
 def _write(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows to a file that only its owner can read, whole or not at all; return how many."""
     count = 0
-    try:
-        with atomic_file(out) as beside:
-            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(handle, "w", encoding="utf-8", newline="\n") as file:
-                for count, row in enumerate(rows, start=1):  # noqa: B007
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}; name another file") from error
+    with atomic_file(out) as beside:
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            for count, row in enumerate(rows, start=1):  # noqa: B007
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return count
 
 

@@ -141,6 +141,15 @@ class SearchReport(_Exact):
     sources: list[NumberedSource]
 
 
+class ContextReport(_Exact):
+    """What fitted the context."""
+
+    dropped_turns: int
+    """How many of the oldest turns did not fit, and were not read."""
+    max_tokens: int | None
+    """How long the answer could be."""
+
+
 class Timings(_Exact):
     """How long the answer took."""
 
@@ -161,6 +170,7 @@ class Extras(_Exact):
     """What OpenAI's shape has no place for."""
 
     search: SearchReport | None
+    context: ContextReport
     timings: Timings
     memory: MemoryRecord | None
 

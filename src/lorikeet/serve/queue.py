@@ -29,9 +29,9 @@ FIRST_GUESS_S = 2.0
 class BusyError(MachineError):
     """The line is full."""
 
-    def __init__(self, places: int, *, retry_after_s: int) -> None:
-        """Say how many wait, and when to come back."""
-        super().__init__(f"the server is busy: {places} requests wait already; try again in {retry_after_s} s")
+    def __init__(self, before: int, *, retry_after_s: int) -> None:
+        """Say how many were before it, and when to come back."""
+        super().__init__(f"the server is busy: {before} requests wait already; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -116,7 +116,7 @@ class Queue:
             free = max(0, self.slots - len(self._inside))  # with somebody in line only while they are not ready
             if not urgent and texts - free >= self.places:
                 self.refused += 1
-                raise BusyError(texts, retry_after_s=self._retry_after_s())
+                raise BusyError(texts or len(self._inside), retry_after_s=self._retry_after_s())
             place = len(self._line) - texts if urgent else len(self._line)
             self._line.insert(place, ticket)
             admitted = self._admit()

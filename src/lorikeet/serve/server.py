@@ -143,9 +143,10 @@ class _Starting(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Retry-After", "2")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    do_POST = do_GET  # noqa: N815  # the name is http.server's
+    do_HEAD = do_POST = do_GET  # noqa: N815  # the names are http.server's
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is http.server's
         """Keep quiet."""

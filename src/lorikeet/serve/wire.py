@@ -128,7 +128,7 @@ class ChatMessage(Strict):
 class StreamOptions(Strict):
     """How to stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Extension(Strict):
@@ -138,6 +138,13 @@ class Extension(Strict):
     search: Literal["auto", "off", "always"] = "off"
     conversation: Annotated[str, Field(max_length=100)] = ""
     """A kept conversation that this turn goes on with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        if given is None:
+            return {}
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class ChatRequest(OptionFields):
@@ -187,7 +194,7 @@ class ChatRequest(OptionFields):
                 raise ValueError(f"turn {place} comes before the results of {', '.join(sorted(waiting))[:100]}")
             else:
                 waiting = {call.id for call in message.tool_calls or ()}
-        if waiting and messages[-1].role == "tool":
+        if waiting:
             raise ValueError(f"the results of {', '.join(sorted(waiting))[:100]} are missing")
         return messages
 
@@ -256,6 +263,7 @@ class Lorikeet:
         self._last_s = self._began_s
         self._search: dict[str, Any] | None = None
         self._usage: Usage | None = None
+        self._context: dict[str, int | None] = {"dropped_turns": 0, "max_tokens": None}
 
     def note(self, event: Event) -> None:
         """Take in one event as it comes."""
@@ -270,12 +278,13 @@ class Lorikeet:
             self._first_s = self._clock_s()
         elif isinstance(event, Done):
             self._last_s, self._usage = self._clock_s(), event.usage
+            self._context = {"dropped_turns": event.dropped_turns, "max_tokens": event.max_tokens}
 
     def fields(self, note: Note | None) -> dict[str, Any]:
-        """Return the search (None if there was none), the times, and where the turn was kept (None if it was not)."""
+        """Return the search (None if there was none), what fitted, the times, and where the turn was kept (None: nowhere)."""
         kept = note and note.kept
         memory = {"id": kept.id, "conversation": kept.conversation_id} if kept else None
-        return {"search": self._search, "timings": self._timings(), "memory": memory}
+        return {"search": self._search, "context": self._context, "timings": self._timings(), "memory": memory}
 
     def _timings(self) -> dict[str, float | None]:
         """Return the wait for the first token, line and search included, and the speed of those after it."""

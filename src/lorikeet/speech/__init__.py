@@ -5,7 +5,7 @@ The two protocols below are all that the assistant knows of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,9 +90,10 @@ class Ears(Protocol):
         prompt: str = "",
         temperature: float = 0.0,
         words: bool = False,
-    ) -> TimedTranscript:
-        """Return what is said in `samples`, mono at `HEARING_HZ`, and when; with `words`, each word too.
+    ) -> Generator[Segment, None, TimedTranscript]:
+        """Yield what is said in `samples`, mono at `HEARING_HZ`, and when, as it is heard; return all of it.
 
+        With `words` each word has its times too. Between two segments others are heard; who closes it hears no more.
         `language` is an ISO 639-1 code, '' to find out. `prompt` is a text that the words may follow on from. At a
         `temperature` of 0 the likeliest words are taken, and a higher one is tried only where these look wrong.
         Raises RequestError for a language that is not heard.

@@ -13,6 +13,7 @@ Joined, the clauses are the text. It looks at punctuation alone; what of a claus
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 
 FIRST_WORDS = 3
@@ -69,9 +70,9 @@ _TITLES = [
     "nov",
     "dec",
 ]
-_BREAK = re.compile(r"([.!?…]+|[,;:]|[^\S\n][-–—]|—)([\"'”’)\]*_]*)(\s+)(?=\S)|(\n+)(?=\S)")
+# Each run of marks is tried once, from its first: from each of its marks, a long run would take its square.
+_BREAK = re.compile(r"((?<![.!?…])[.!?…]++|[,;:]|[^\S\n][-–—]|—)([\"'”’)\]*_]*)(\s++)(?=\S)|(?<!\n)(\n++)(?=\S)")
 _CONJUNCTION = re.compile(r"\s(?=(?:and|but|because|which|while|when|where|so|or)\s\S)")
-_OPEN = re.compile(r"```|\[[^\]]*\]\([^)\s]*$|\[[^\]]*$")
 _SPACE = re.compile(r"(?<=\S)\s+(?=\S)")
 _WHOLE = re.compile(r"```.*?(?:```|$)|\[[^\]\n]{0,200}(?:\]\([^)\s]*\)?|$)", re.DOTALL)
 _WORD = re.compile(r"\w[\w'’.-]*")
@@ -102,12 +103,17 @@ class ClauseSplitter:
 
     def _end(self) -> int | None:
         """Return where the first clause of what is held ends, None if that is not known yet."""
+        words: list[int] = []
+        read = 0
         for match in _BREAK.finditer(self._held):
-            if self._ends_clause(match):
+            words += (word.start() for word in _WORD.finditer(self._held, read, match.start()))
+            read = match.end()
+            if self._ends_clause(match, words) and not _is_open(self._held[: match.start()]):
                 return match.end()
-        if self._given == 0 and len(_words(self._held)) > LONG_WORDS:
-            for match in _CONJUNCTION.finditer(self._held):
-                if len(_words(self._held[: match.start()])) >= CLAUSE_WORDS and not _is_open(self._held[: match.end()]):
+        words += (word.start() for word in _WORD.finditer(self._held, read))
+        if self._given == 0 and len(words) > LONG_WORDS:
+            for match in _CONJUNCTION.finditer(self._held, words[CLAUSE_WORDS - 1] + 1):
+                if not _is_open(self._held[: match.end()]):
                     return match.end()
         return self._forced_end()
 
@@ -123,41 +129,44 @@ class ClauseSplitter:
                 return space.end()
         return None
 
-    def _ends_clause(self, match: re.Match[str]) -> bool:
-        before, after = self._held[: match.start()], self._held[match.end() :]
-        if _is_open(self._held[: match.start()]):
-            return False
-        words = len(_words(before))
+    def _ends_clause(self, match: re.Match[str], words: list[int]) -> bool:
+        """Say whether a clause ends at a break; `words` are the places where words begin."""
+        count, after = bisect_left(words, match.start()), self._held[match.end()]
         if match[4]:
-            return words > 0
+            return count > 0
         mark = match[1].strip()
         if mark[0] in ".!?…":
-            return words > 0 and _ends_sentence(before, mark, after)
-        if mark == "," and (after[0].isdigit() or not words):
+            return count > 0 and self._ends_sentence(match.start(), mark, after, words[:count])
+        if mark == "," and (after.isdigit() or not count):
             return False
-        return words >= (FIRST_WORDS if self._given == 0 else CLAUSE_WORDS)
+        return count >= (FIRST_WORDS if self._given == 0 else CLAUSE_WORDS)
 
-
-def _ends_sentence(before: str, mark: str, after: str) -> bool:
-    """Say whether a stop after `before` ends a sentence rather than an abbreviation, an initial or a list's number."""
-    if after[0].islower():
-        return False
-    if mark != ".":
-        return True
-    last = before.rsplit(None, 1)[-1].lstrip("(\"'“‘*_[").lower() if before.split() else ""
-    if last in _TITLES or (len(last) == 1 and last.isalpha() and last not in "i"):
-        return False
-    # "1. First": a number that opens a line is a list's; one that ends a sentence has words before it.
-    return not (last.isdigit() and len(_words(before.rsplit("\n", 1)[-1])) == 1)
+    def _ends_sentence(self, place: int, mark: str, after: str, words: list[int]) -> bool:
+        """Say whether a stop at `place` ends a sentence rather than an abbreviation, an initial or a list's number."""
+        if after.islower():
+            return False
+        if mark != ".":
+            return True
+        last = self._held[:place].rsplit(None, 1)[-1].lstrip("(\"'“‘*_[").lower()
+        if last in _TITLES or (len(last) == 1 and last.isalpha() and last not in "i"):
+            return False
+        # "1. First": a number that opens a line is a list's; one that ends a sentence has words before it.
+        line = self._held.rfind("\n", 0, place) + 1
+        return not (last.isdigit() and bisect_left(words, line) == len(words) - 1)
 
 
 def _is_open(text: str) -> bool:
     """Say whether a code block or a link that begins in `text` has not ended there."""
-    return text.count("```") % 2 == 1 or _OPEN.search(text.rsplit("```", 1)[-1]) is not None
+    if text.count("```") % 2 == 1:
+        return True
+    text = text.rpartition("```")[2]
+    named, link, address = text.rpartition("](")
+    return _has_bracket(text) or (bool(link) and _has_bracket(named) and not re.search(r"[)\s]", address))
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text)
+def _has_bracket(text: str) -> bool:
+    """Say whether a square bracket is open at the end of `text`."""
+    return text.rfind("[") > text.rfind("]")
 
 
 def split_clauses(text: str) -> Iterator[str]:

@@ -10,17 +10,17 @@ speech, by the detector or by Whisper's own doubts, gives no words: Whisper inve
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorikeet.errors import InputError, MachineError, MissingExtraError, RequestError
+from lorikeet.run import usable_cores
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Segment, TimedTranscript, Transcript, Word
 from lorikeet.speech.audio import level_db
 from lorikeet.speech.vad import FRAME_MS, FRAME_SAMPLES, Vad, load_vad
@@ -79,15 +79,14 @@ class WhisperEars:
         self._english = not model.model.is_multilingual
 
     def transcribe(self, samples: Samples) -> Transcript:
-        """Return what is said in `samples`, mono at 16 kHz; one call at a time."""
+        """Return what is said in `samples`, mono at 16 kHz; one window at a time, whoever asks."""
         duration_s = samples.size / HEARING_HZ
         speech, speech_s = self._find_speech(samples)
         if not speech.size:
             return Transcript("", duration_s)
         with self._lock:
             draft = self._draft(speech, speech_s) if speech.size <= DRAFT_MAX_S * HEARING_HZ else None
-            text = self._hear_whole(speech) if draft is None else draft
-        return Transcript(text, duration_s)
+        return Transcript(self._hear_whole(speech) if draft is None else draft, duration_s)
 
     def transcribe_timed(
         self,
@@ -97,8 +96,8 @@ class WhisperEars:
         prompt: str = "",
         temperature: float = 0.0,
         words: bool = False,
-    ) -> TimedTranscript:
-        """Return what is said in `samples`, mono at 16 kHz, and when, from the full window.
+    ) -> Generator[Segment, None, TimedTranscript]:
+        """Yield what is said in `samples`, mono at 16 kHz, and when, from the full window; return all of it.
 
         Raises RequestError for a language that is not heard.
         """
@@ -119,7 +118,10 @@ class WhisperEars:
                 temperature=temperature or RETRY_TEMPERATURES,
                 word_timestamps=words,
             )
-        spoken = [_timed(segment, first / HEARING_HZ, duration_s) for segment in self._take(found) if _is_said(segment)]
+        spoken = []
+        for segment in filter(_is_said, self._take(found)):
+            spoken.append(_timed(segment, first / HEARING_HZ, duration_s))
+            yield spoken[-1]
         return TimedTranscript(tuple(spoken), info.language, duration_s)
 
     def _take(self, segments: Iterator[Any]) -> Iterator[Any]:
@@ -198,13 +200,14 @@ class WhisperEars:
 
     def _hear_whole(self, speech: Samples) -> str:
         """Return what the full window gives, without the segments that are no speech."""
-        segments, _ = self._model.transcribe(
-            speech,
-            language="en" if self._english else None,
-            beam_size=1,
-            condition_on_previous_text=False,
-        )
-        return " ".join(segment.text.strip() for segment in segments if _is_said(segment))
+        with self._lock:
+            segments, _ = self._model.transcribe(
+                speech,
+                language="en" if self._english else None,
+                beam_size=1,
+                condition_on_previous_text=False,
+            )
+        return " ".join(segment.text.strip() for segment in self._take(segments) if _is_said(segment))
 
 
 def _last_closed(tokens: Sequence[int], *, zero: int) -> tuple[int, float]:
@@ -271,7 +274,7 @@ def load_ears(name: str, *, threads: int | None = None) -> Ears:
     It hears with so many `threads`, by default one for each core up to `MOST_THREADS`.
     Raises InputError for an unknown name, MissingExtraError without faster-whisper, MachineError if it cannot be loaded.
     """
-    threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    threads = threads or min(MOST_THREADS, usable_cores())
     if name in PACKAGES and name.startswith("whisper"):
         return WhisperEars(name, _load(str(packaged(name)), threads), load_vad())
     if Path(name).is_dir():

@@ -46,6 +46,8 @@ _ORDINALS = {
     "twelve": "twelfth",
 }
 _LARGEST = 10**15
+LONGEST_WORD = 100
+"""What is longer is no word, and is said in pieces: the rules look at a word from each of its letters."""
 
 _MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]  # fmt: skip
 _MONTH_BY_START = {month[:3].lower(): month for month in _MONTHS}
@@ -199,9 +201,12 @@ _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)")
+
+
 def _read(line: str) -> str:
     """Return one line with what is not a word put into words; the order of the rules matters."""
-    line = line.replace("\u2019", "'").replace("\u00a0", " ")
+    line = _LONG_WORD.sub(r"\g<0> ", line.replace("\u2019", "'").replace("\u00a0", " "))
     for pattern, say in _RULES:
         line = pattern.sub(say, line)
     return line

@@ -129,7 +129,12 @@ def _load_kokoro(folder: str, speaker: str) -> Voice:
         raise MachineError(
             "kokoro-onnx is not installed; pip install kokoro-onnx (it brings a phonemiser under the GPL)"
         ) from error
-    model = Kokoro(str(models[0]), str(voices[0]))
+    try:
+        model = Kokoro(str(models[0]), str(voices[0]))
+    # The errors of onnxruntime and numpy's files have nothing narrower in common.
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MachineError(f"cannot load the voice kokoro:{folder}: {why}; the packaged one is hibari") from error
     if speaker not in model.get_voices():
         raise InputError(f"--voice kokoro has no speaker {speaker}; there are: {', '.join(model.get_voices())}")
     return KokoroVoice(model, speaker)

@@ -1,6 +1,6 @@
 """What was heard, and when -> subtitle files: SubRip and WebVTT.
 
-    text = write_srt(ears.transcribe_timed(samples).segments)
+    text = write_srt([*ears.transcribe_timed(samples)])
 
 It writes text; `serve.audio` sends it.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import date
 
 import pytest
@@ -138,6 +139,7 @@ def test_pasted_material_stays_here() -> None:
         (["hey lorikeet, can you tell me who the CEO of Intel is right now?"], "who the CEO of Intel is right now?"),
         (["My dog is ill. What is the latest on kennel cough?"], "What is the latest on kennel cough?"),
         (["<think>a secret</think>What is the <|im_end|>weather at https://x.example/?token=1 in Oslo?"], "What is the weather at in Oslo?"),
+        (["What is the <b>me@x.example</b> (first_last@a.b.example weather @me@x.example in Oslo?"], "What is the weather in Oslo?"),
     ],
 )  # fmt: skip
 def test_the_query_is_the_users_words_with_their_topic(turns: list[str], query: str) -> None:
@@ -165,3 +167,20 @@ def test_a_topic_is_lent_by_the_last_two_turns_alone() -> None:
     assert plan is not None and "Oldtown" not in plan.query
     nearer = plan_search([turns[0], *turns[2:]], today=TODAY)
     assert nearer is not None and nearer.query == "What is the weather in Oldtown next week"
+
+
+@pytest.mark.parametrize(
+    "letter", ["a", "\n", "a@", "@.", " \n", "\u201ca", "tell me ", "ok, ", "<", "`", "on monday "]
+)
+@pytest.mark.parametrize("always", [False, True])
+def test_no_turn_however_long_keeps_the_server_from_others(letter: str, always: bool) -> None:
+    turn = "a" + letter * (200_000 // len(letter)) + "b"
+    began_s = time.process_time()
+    plan_search([turn, turn, turn], today=TODAY, always=always)
+    assert time.process_time() - began_s < 1
+
+
+def test_a_long_turn_asks_at_its_beginning_or_its_end() -> None:
+    for turn in ("Look up ferries. " + "word " * 2000, "word " * 2000 + ". Search the web: who won?"):
+        plan = plan_search([turn], today=TODAY)
+        assert plan is not None and plan.reason.startswith("you asked to")

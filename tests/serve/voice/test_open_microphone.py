@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorikeet.messages import Message
+from lorikeet.messages import Message, Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
+from lorikeet.serve.memory import Memory
+from lorikeet.serve.models import Models, Served
+from lorikeet.serve.store import Store
 from lorikeet.serve.ui.page import keep_spoken
 from lorikeet.serve.ui.talk import Talk
 from lorikeet.speech import Ears, Samples, Voice
 from lorikeet.speech.audio import encode_wav
 from lorikeet.speech.hear import load_ears
 from lorikeet.speech.speak import load_voice
-from tests.serve.fakes import API_KEY, ScriptedEngine, served, serving
+from tests.serve.fakes import API_KEY, CountingEars, ScriptedEngine, ScriptedProvider, ToneVoice, served, serving
 from tests.serve.test_browser import CHROMIUM, PATIENCE_MS
 
 # Gradio leaves event loops open when an app is let go; they are collected here, and not in another test.
@@ -134,6 +137,66 @@ def test_a_spoken_question_is_answered_and_an_interruption_is_heeded(ears: Ears,
         page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 3")
         page.wait_for_selector("#question .submit-button")
         assert [m.role for m in engine.asked[-1]] == ["user", "assistant", "user", "assistant", "user"]
+
+
+@needs_chromium
+def test_what_was_written_is_known_and_what_is_chosen_meanwhile_counts(voice: Voice, tmp_path: Path) -> None:
+    tuned, base = ScriptedEngine("Light snow [1]."), ScriptedEngine("Base.")
+    provider = ScriptedProvider(Source("Oslo", "https://weather.example/oslo", "Light snow."))
+    assistants = [Assistant(engine, provider=provider) for engine in (tuned, base)]
+    models = Models(
+        *(Served(name=name, assistant=a) for name, a in zip(("parrot-1", "base-1"), assistants, strict=True))
+    )
+    app = create_app(models, ears=CountingEars(), voice=ToneVoice())
+    spoken = [say(voice, text) for text in ("Please tell me more.", "And what do you think?")]
+    sound = np.concatenate([silence(1200), spoken[0], silence(8000), spoken[1], silence(8000)])
+    with served(app) as url, page_with_microphone(url, sound, tmp_path / "talk.wav") as page:
+        page.fill("#question textarea", "What is the weather in Oslo today?")
+        page.press("#question textarea", "Enter")
+        page.wait_for_selector("#chat .cited")
+        page.wait_for_selector("#question .submit-button")
+        page.click("#open-mic")
+        page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 2")
+        known = [(m.role, m.content) for m in tuned.asked[-1]]
+        assert known[:2] == [("user", "What is the weather in Oslo today?"), ("assistant", "Light snow [1].")]
+        assert known[2][1].startswith("I heard")
+        assert (len(known), len(provider.queries)) == (3, 1)
+        page.click("#search label:has-text('Always')")
+        page.click("#model label:has-text('base-1')")
+        page.wait_for_function("document.querySelectorAll('#chat .user-row').length === 3")
+        assert [m.role for m in base.asked[-1]] == ["user", "assistant", "user", "assistant", "user"]
+        assert (len(tuned.asked), len(base.asked), len(provider.queries)) == (2, 1, 2)
+        page.wait_for_selector("#live-waterfall >> text=search")
+
+
+@needs_chromium
+@pytest.mark.parametrize("button", ["#open-mic", "#forget"])
+def test_an_answer_that_is_broken_off_is_kept_unless_it_is_forgotten(voice: Voice, tmp_path: Path, button: str) -> None:
+    engine = ScriptedEngine(*LONG)
+    sound = np.concatenate([silence(1200), say(voice, "What are parrots?"), silence(20_000)])
+    store = Store.open(tmp_path / "memory.db")
+    with Memory(store) as memory:
+        app = create_app(serving(Assistant(engine, memory=memory), "parrot-1"), ears=CountingEars(), voice=voice)
+        with served(app) as url, page_with_microphone(url, sound, tmp_path / "talk.wav") as page:
+            page.click("#open-mic")
+            page.wait_for_selector('#live[data-state="speaking"]')
+            page.wait_for_timeout(1500)
+            page.dispatch_event(button, "click")  # at once: a real click waits until nothing moves
+            page.wait_for_selector('#live[data-state="off"]', state="attached")
+            if button == "#open-mic":
+                page.wait_for_selector("#chat .bot")
+                shown = page.locator("#chat .bot").first.inner_text().replace("…", "").strip()
+                assert 0 < len(shown) < len("".join(LONG)) / 2
+                assert "".join(LONG).startswith(shown)
+                assert page.inner_text("#chat .user").startswith("I heard")
+                (turn,) = next(iter(store.conversations()))["turns"]
+                assert (turn["answer"], turn["outcome"]) == (shown, "stopped")
+                page.click("#forget")
+            else:
+                assert memory.kept_turns == 0
+            page.wait_for_selector("#notice >> text=forgotten")
+            page.wait_for_timeout(500)
+            assert list(store.conversations()) == []
 
 
 @needs_chromium

@@ -25,6 +25,7 @@ from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant
 from lorikeet.serve.http import create_app
 from lorikeet.serve.memory import Memory
+from lorikeet.serve.models import Models, Served
 from lorikeet.serve.voice import realtime
 from lorikeet.speech import HEARING_HZ, Ears, Samples, Transcript, Voice
 from lorikeet.speech.audio import encode_pcm16, resample, trim_start
@@ -99,6 +100,11 @@ class Talker:
     def events(self, kind: str) -> list[Any]:
         return [event for _, event in self.seen if event.type == kind]
 
+    def settle(self) -> None:
+        """Wait until the server has taken all that was sent."""
+        self.connection.session.update(session={"type": "realtime"})
+        self.wait("session.updated")
+
     def play(self, *sounds: Samples, live: bool = True) -> float:
         """Send sound, each piece when it would have been recorded; return when the first piece was recorded."""
         samples = np.concatenate(sounds)
@@ -162,6 +168,59 @@ def test_a_session_shows_what_it_is_set_to(ears: Ears) -> None:
         assert (vad.silence_duration_ms, vad.threshold, vad.prefix_padding_ms) == (700, 0.6, 300)
         talker.connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
         assert talker.wait("session.updated").session.audio.input.turn_detection is None
+
+
+def test_what_an_update_does_not_name_stays_as_it_was(ears: Ears) -> None:
+    def detection(**changes: Any) -> Any:
+        return {"audio": {"input": {"turn_detection": {"type": "server_vad", **changes}}}}
+
+    def update(**changes: Any) -> Any:
+        talker.connection.session.update(session={"type": "realtime", **changes})
+        return talker.wait("session.updated").session
+
+    with talking(ScriptedEngine(), ears=ears, voice=ToneVoice()) as talker:
+        update(lorikeet={"events": True})
+        assert update(lorikeet={"search": "auto"}).model_extra["lorikeet"] == {"search": "auto", "events": True}
+        assert update(instructions="Sing.").model_extra["lorikeet"] == {"search": "auto", "events": True}
+        update(**detection(create_response=False, interrupt_response=False, silence_duration_ms=900))
+        vad = update(**detection(threshold=0.6)).audio.input.turn_detection
+        assert (vad.threshold, vad.silence_duration_ms) == (0.6, 900)
+        assert (vad.create_response, vad.interrupt_response) == (False, False)
+        assert update(**detection(create_response=True)).audio.input.turn_detection.create_response
+        update(**MANUAL)
+        vad = update(**detection()).audio.input.turn_detection
+        assert (vad.threshold, vad.silence_duration_ms, vad.interrupt_response) == (0.5, 384, True), "null forgets"
+
+
+def test_another_model_answers_from_the_next_answer_on() -> None:
+    tuned, base = ScriptedEngine("Tuned."), ScriptedEngine("Base.")
+    models = Models(
+        Served(name="parrot", assistant=Assistant(tuned)), Served(name="parrot-base", assistant=Assistant(base))
+    )
+    with served(create_app(models, ears=None, voice=None, page=False)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        with client.realtime.connect(model="gpt-realtime") as connection:
+
+            def update(**changes: Any) -> Any:
+                connection.session.update(session={"type": "realtime", **changes})
+                return talker.wait("session.updated").session
+
+            talker = Talker(connection)
+            assert talker.wait("session.created").session.model == "parrot"
+            create(talker, "user", "One?")
+            connection.response.create()
+            talker.wait("response.done")
+            assert update(model="parrot-base").model == "parrot-base"
+            assert update(model="gpt-realtime").model == "parrot-base", "a name by habit means what is served"
+            connection.session.update(session={"type": "realtime", "model": "gpt-9", "instructions": "Sing."})
+            refused = talker.wait("error").error
+            assert (refused.code, refused.param) == ("model_not_found", "session.model")
+            assert "'parrot-base'" in refused.message
+            create(talker, "user", "Two?")
+            connection.response.create()
+            assert talker.wait("response.done").response.output[0].content[0].text == "Base."
+            assert [m.content for m in base.asked[-1]] == ["One?", "Tuned.", "Two?"]
+            assert update(model="parrot").instructions == "", "a refused update changes nothing"
 
 
 def test_a_spoken_question_is_answered_by_voice(ears: Ears, voice: Voice) -> None:
@@ -315,6 +374,30 @@ def test_items_are_made_read_and_deleted(ears: Ears) -> None:
         assert [m.content for m in engine.asked[-1]] == ["Sing.", "Aside?"]
 
 
+def test_the_assistant_may_speak_first_and_go_on_unasked(ears: Ears, memory: Memory) -> None:
+    engine = ScriptedEngine("Welcome.")
+    with talking(engine, ears=ears, voice=None, memory=memory, lorikeet={"search": "always"}) as talker:
+
+        def respond(**options: Any) -> list[tuple[str, str]]:
+            talker.connection.response.create(response=options)
+            assert talker.wait("response.done").response.status == "completed"
+            return [(m.role, m.content) for m in engine.asked[-1]]
+
+        # Templates demand turns that alternate, so that nobody said anything is a turn as well.
+        assert respond(instructions="Greet the user.") == [("system", "Greet the user."), ("user", "...")]
+        opening = [("system", "Be brief."), ("user", "..."), ("assistant", "Welcome.")]
+        assert respond() == [*opening, ("user", "...")]
+        talker.connection.conversation.item.delete(item_id=talker.events("response.done")[-1].response.output[0].id)
+        assert remembered(memory, talker) == [], "an answer to nobody was kept as one"
+        create(talker, "user", "Hi.")
+        assert respond() == [*opening, ("user", "Hi.")]
+        (turn,) = remembered(memory, talker)
+        assert (turn["question"], turn["answer"]) == ("Hi.", "Welcome.")
+        talker.connection.session.update(session={"type": "realtime", "instructions": ""})
+        talker.connection.response.create(response={"input": []})
+        assert talker.wait("error").error.message.startswith("there is nothing to answer")
+
+
 def test_an_answer_is_cancelled_and_truncated_by_the_client(ears: Ears, voice: Voice) -> None:
     engine = ScriptedEngine(*LONG)
     with talking(engine, ears=ears, voice=voice) as talker:
@@ -377,7 +460,13 @@ def test_the_web_is_asked_once_the_turn_is_over_and_the_search_is_told(ears: Ear
         told = [event.model_extra for event in talker.events("lorikeet.search")]
         assert [event["status"] for event in told] == ["searching", "found"]
         assert told[1]["sources"][0]["url"] == "https://weather.example/oslo"
-        assert talker.events("lorikeet.turn")[0].model_extra["waterfall"]["first_audio_ms"] > 0
+        waterfall = talker.events("lorikeet.turn")[0].model_extra["waterfall"]
+        assert list(waterfall) == [
+            "endpoint_ms", "transcript_ms", "search_ms", "first_token_ms", "first_clause_ms", "first_audio_ms",
+        ]  # fmt: skip
+        assert waterfall["endpoint_ms"] < waterfall["search_ms"] < waterfall["first_token_ms"]
+        numbers = httpx.get(f"{talker.url}/metrics").text  # type: ignore[attr-defined]
+        assert 'lorikeet_voice_stage_seconds_count{stage="search"} 1.0' in numbers
 
 
 def test_an_engine_that_fails_is_told_and_the_session_lives(ears: Ears) -> None:
@@ -389,8 +478,6 @@ def test_an_engine_that_fails_is_told_and_the_session_lives(ears: Ears) -> None:
         assert done.status == "failed"
         assert "middle of an answer" in done.status_details.error.message
         engine.pieces = ("Better.",)
-        talker.connection.response.create(response={"instructions": "Again."})
-        assert talker.wait("error").error.message.startswith("there is nothing to answer")
         create(talker, "user", "Again.")
         talker.connection.response.create()
         assert talker.wait("response.done").response.status == "completed"
@@ -517,6 +604,76 @@ def test_an_answer_asked_for_in_the_middle_of_a_turn_does_not_lose_the_turn(ears
         assert "question" in words(heard)
 
 
+class SlowEars:
+    """Hears a second question, as soon as it may."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.may_hear = threading.Event()
+
+    def transcribe(self, samples: Samples) -> Transcript:
+        assert self.may_hear.wait(PATIENCE_S)
+        return Transcript("Second?", samples.size / HEARING_HZ)
+
+
+@pytest.mark.parametrize("responds", [False, True])
+@pytest.mark.parametrize("last", ["user", "assistant"])
+def test_an_answer_asked_for_after_a_turn_answers_that_turn(voice: Voice, last: str, *, responds: bool) -> None:
+    engine, ears = ScriptedEngine("Yes."), SlowEars()
+    audio = {"input": {"turn_detection": {"type": "server_vad", "create_response": responds}}}
+    with talking(engine, ears=ears, voice=ToneVoice(), audio=audio, output_modalities=["text"]) as talker:
+        create(talker, last, "First.")
+        talker.play(say(voice, "And the second question?"), silence(800), live=False)
+        talker.wait("input_audio_buffer.speech_stopped")
+        talker.connection.response.create(response={"instructions": "Sing."})
+        talker.connection.conversation.item.retrieve(item_id="item_none")
+        talker.wait("error")
+        assert "response.created" not in talker.kinds()
+        ears.may_hear.set()
+        talker.wait("conversation.item.input_audio_transcription.completed")
+        assert talker.wait("response.done").response.status == "completed"
+        assert [m.content for m in engine.asked[-1] if m.content != "..."] == ["Sing.", "First.", "Second?"]
+        create(talker, "user", "Third?")
+        assert talker.kinds().count("response.created") == 1
+        assert len(talker.events("error")) == 1
+
+
+@pytest.mark.parametrize("given_up", ["turn", "answer"])
+def test_neither_turn_nor_answer_waits_for_the_other_once_that_is_given_up(voice: Voice, given_up: str) -> None:
+    engine, ears = ScriptedEngine("Yes."), SlowEars()
+    with talking(engine, ears=ears, voice=ToneVoice(), output_modalities=["text"]) as talker:
+        create(talker, "user", "First?")
+        talker.play(say(voice, "And the second question?"), silence(790), live=False)
+        talker.wait("input_audio_buffer.speech_stopped")
+        talker.connection.response.create(response={"instructions": "Sing."})
+        if given_up == "turn":
+            talker.connection.input_audio_buffer.clear()
+            talker.play(silence(500), live=False)
+        else:
+            talker.connection.response.cancel()
+        ears.may_hear.set()
+        assert talker.wait("response.done").response.status == "completed"
+        left = ["Sing.", "First?"] if given_up == "turn" else ["Be brief.", "First?", "Second?"]
+        assert [[m.content for m in messages] for messages in engine.asked] == [left]
+        assert talker.events("error") == []
+
+
+def test_an_answer_beside_the_conversation_does_not_take_the_place_of_the_turns_own(voice: Voice) -> None:
+    engine, ears = ScriptedEngine("Yes."), SlowEars()
+    aside: Any = {"conversation": "none", "instructions": "Sing.", "metadata": {"for": "test"}}
+    aside["input"] = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Aside?"}]}]
+    with talking(engine, ears=ears, voice=ToneVoice(), output_modalities=["text"]) as talker:
+        talker.play(say(voice, "And the second question?"), silence(800), live=False)
+        talker.wait("input_audio_buffer.speech_stopped")
+        talker.connection.response.create(response=aside)
+        ears.may_hear.set()
+        assert talker.wait("response.done").response.metadata is None
+        assert talker.wait("response.done").response.metadata == {"for": "test"}
+        asked = [[m.content for m in messages] for messages in engine.asked]
+        assert asked == [["Be brief.", "Second?"], ["Sing.", "Aside?"]]
+
+
 def test_the_detector_sees_speech_in_the_stand_in(voice: Voice) -> None:
     samples = resample(say(voice, "Please tell me a long story."), RATE_HZ, HEARING_HZ)
     assert load_vad().voiced_frames(samples).mean() > 0.7
@@ -571,6 +728,34 @@ def test_of_an_interrupted_answer_what_was_heard_is_kept(ears: Ears, voice: Voic
         shorter = remembered(memory, talker)[0]["answer"]
         assert 0 < len(shorter) < len(turn["answer"])
         assert turn["answer"].startswith(shorter)
+
+
+def test_who_hangs_up_leaves_what_was_heard_in_the_memory(ears: Ears, voice: Voice, memory: Memory) -> None:
+    with talking(ScriptedEngine(*LONG), ears=ears, voice=voice, memory=memory) as talker:
+        create(talker, "user", "Talk.")
+        talker.connection.response.create()
+        talker.wait("response.output_audio.delta")
+        time.sleep(1.5)
+        talker.connection.close()
+        deadline = time.monotonic() + 5
+        while not memory.kept_turns and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (turn,) = remembered(memory, talker)
+        assert (turn["question"], turn["outcome"]) == ("Talk.", "stopped")
+        assert "".join(LONG).startswith(turn["answer"])
+        assert 0 < len(turn["answer"]) < len("".join(LONG)) / 2
+
+
+def test_an_answer_that_is_deleted_on_its_way_is_not_kept(ears: Ears, voice: Voice, memory: Memory) -> None:
+    with talking(ScriptedEngine(*LONG), ears=ears, voice=voice, memory=memory) as talker:
+        create(talker, "user", "Talk.")
+        talker.connection.response.create()
+        item_id = talker.wait("response.output_audio.delta").item_id
+        time.sleep(1.0)
+        talker.connection.conversation.item.delete(item_id=item_id)
+        assert talker.wait("response.done").response.status == "cancelled"
+        talker.wait("conversation.item.deleted")
+        assert remembered(memory, talker) == []
 
 
 def test_a_turn_that_was_taken_back_and_an_answer_outside_the_conversation_are_not_kept(

@@ -80,7 +80,7 @@ MATERIAL_CHARACTERS = 400
 
 _CHANGES = [re.compile(rf"\b(?:{shape})", re.IGNORECASE) for shape in CHANGES]
 _QUOTED = re.compile(
-    r"```.*?(?:```|$)|`[^`]*`|\"[^\"]{2,}\"|\u201c[^\u201d]{2,}\u201d|(?<!\w)'[^'\n]{8,}'(?!\w)", re.DOTALL
+    r"```.*?(?:```|$)|`[^`]*`|\"[^\"]{2,}\"|\u201c[^\u201c\u201d]{2,}\u201d|(?<!\w)'[^'\n]{8,}'(?!\w)", re.DOTALL
 )
 
 _WRITING = re.compile(
@@ -146,7 +146,7 @@ def decide(question: str, *, today: date) -> str | None:
     text = " ".join(_OTHER_SENSE.sub(" ", _QUOTED.sub(" ", question)).split())
     if asked := _ASKS.search(text):
         return f'you asked to "{(asked["first"] or asked[0]).lower()}"'
-    if len(text) > MATERIAL_CHARACTERS or re.search(r"\S\s*\n\s*\n\s*\S", question):
+    if len(text) > MATERIAL_CHARACTERS or _has_paragraphs(question):
         return None
     if (
         _OTHER_TASK.search(text)
@@ -172,6 +172,11 @@ def decide(question: str, *, today: date) -> str | None:
         return None
     found = next((match for shape in _CHANGES if (match := shape.search(text))), None)
     return f'this may have changed: "{_short(found.group(0))}"' if found else None
+
+
+def _has_paragraphs(text: str) -> bool:
+    """Say whether there is an empty line between two lines of `text`."""
+    return any(not line.strip() for line in text.strip().split("\n")[1:])
 
 
 def _version(text: str) -> str | None:

@@ -18,11 +18,18 @@ from lorikeet.serve.search.decide import decide
 from lorikeet.serve.search.rank import terms
 
 MAX_QUERY_CHARACTERS = 200
+MAX_TURN_CHARACTERS = 4000
+"""A longer turn brings a text; what it asks stands at its beginning or its end, and half of this is read of each."""
 TURNS_BACK = 2
 """So many earlier turns of the user can lend a follow-up its topic."""
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|$)|^.*?</think>|```.*?(?:```|$)", re.DOTALL | re.IGNORECASE)
-_MARK = re.compile(r"<[|\uff5c]?/?[a-zA-Z_][^<>]{0,40}>|https?://\S+|\S+@\S+\.\w+|[`*_#>|]+")
+_MARKS = (
+    re.compile(r"<[|\uff5c]?/?[a-zA-Z_][^<>]{0,40}>"),
+    # An address is looked for once in each word, from its first letter: from each letter, long words would take minutes.
+    re.compile(r"https?://\S+|(?<!\S)\S[^\s@]*@\S+\.\w+"),
+    re.compile(r"[`*_#>|]+"),
+)
 _LEAD = re.compile(
     r"^(?:(?:hey|hi|hello|ok|okay|please|so|well|um|uh|erm|oh|lorikeet|listen|right|lovely|great|nice|thanks|thank you)\b[\s,.!]*)+(?=\w)"
     r"|^(?:can|could|would|will) you (?:please )?(?=(?:tell|look|search|find|check|google|give)\b)"
@@ -68,10 +75,11 @@ def plan_search(turns: Sequence[str], *, today: date, always: bool = False) -> P
 
     With `always` every turn with words in it is searched.
     """
-    question = _plain(turns[-1])
-    topic = _topic([_plain(turn) for turn in turns[-1 - TURNS_BACK : -1]])
+    *earlier, turn = (_ends(_THOUGHT.sub(" ", turn)) for turn in turns[-1 - TURNS_BACK :])
+    question = _plain(turn)
+    topic = _topic([_plain(turn) for turn in earlier])
     goes_on = bool(topic) and _goes_on(question)
-    reason = "search is set to always" if always else decide(_THOUGHT.sub(" ", turns[-1]), today=today)
+    reason = "search is set to always" if always else decide(turn, today=today)
     if reason is None and goes_on and decide(topic, today=today):
         reason = f'it follows "{_cut(topic, 60)}"'
     query = _query(question, topic, goes_on=goes_on)
@@ -157,9 +165,20 @@ def _means(word: str) -> bool:
     return len(word) > 1 and len(terms(f"{word} xx")) > 1
 
 
+def _ends(text: str) -> str:
+    """Return `text`, or its first and last words where it is longer than a turn that asks."""
+    if len(text) <= MAX_TURN_CHARACTERS:
+        return text
+    half = MAX_TURN_CHARACTERS // 2
+    end = text[-half:]
+    return f"{_cut(text, half)}\n{end.partition(' ')[2] or end}"
+
+
 def _plain(text: str) -> str:
-    """Return what the user said as one line: no thoughts, code, marks or addresses, and no polite beginning."""
-    line = " ".join(_MARK.sub(" ", _THOUGHT.sub(" ", text)).split())
+    """Return what the user said as one line: no marks or addresses, and no polite beginning."""
+    for pattern in _MARKS:
+        text = pattern.sub(" ", text)
+    line = " ".join(text.split())
     line = "".join(letter for letter in line if letter.isprintable())
     previous = ""
     while line != previous:

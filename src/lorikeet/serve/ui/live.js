@@ -4,10 +4,11 @@
   "use strict";
   const here = document.currentScript.src;
   const RATE = 24000;
-  const STAGES = ["endpoint", "transcript", "first_token", "first_clause", "first_audio"];
+  const STAGES = ["endpoint", "transcript", "search", "first_token", "first_clause", "first_audio"];
   let live = null;
 
   const find = (id) => document.getElementById(id);
+  const chosen = (id) => document.querySelector(`#${id} label.selected input`)?.value;
   const write = (id, text) => { const part = find(id); if (part) part.textContent = text; };
 
   function show(state, words) {
@@ -76,8 +77,7 @@
       this.context = new AudioContext();
       await this.context.audioWorklet.addModule(new URL("live_worklet.js", here));
       this.speaker = new Speaker(this.context);
-      const model = document.querySelector("#model input:checked")?.value ?? "default";
-      const address = new URL(`../v1/realtime?model=${encodeURIComponent(model)}`, here);
+      const address = new URL("../v1/realtime", here);
       address.protocol = address.protocol.replace("http", "ws");
       this.socket = new WebSocket(address);
       this.socket.onmessage = (message) => this.take(JSON.parse(message.data));
@@ -86,13 +86,27 @@
       this.node.port.onmessage = (piece) => this.send({ type: "input_audio_buffer.append", audio: encode(piece.data) });
     }
 
-    send(event) { if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(event)); }
+    send(event) { if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(event)); }
 
     stop(problem = "") {
+      this.hush(problem);
+      this.socket?.close();
+    }
+
+    // Stop, but take what was heard of the answer under way into the chat first.
+    end() {
+      const heard = this.speaker?.stop();
+      this.hush();
+      if (!this.active) { this.socket?.close(); return; }
+      if (heard.item === this.item) this.truncate(heard);
+      else this.send({ type: "response.cancel" });
+      setTimeout(() => this.socket.close(), 2000);
+    }
+
+    hush(problem = "") {
       live = null;
       for (const track of this.stream?.getTracks() || []) track.stop();
-      if (this.speaker) this.speaker.stop();
-      this.socket?.close();
+      this.speaker?.stop();
       if (this.context && this.context.state !== "closed") this.context.close();
       show("off", problem);
       write("live-heard", "");
@@ -101,8 +115,9 @@
 
     quiet() { if (find("live").dataset.state === "speaking" && !this.active) show("listening"); }
 
-    // Called for each server event; unknown ones pass.
+    // Called for each server event; unknown ones pass. Of one that was ended, only the last answer's end is of interest.
     take(event) {
+      if (live !== this && event.type !== "response.done") return;
       const handlers = {
         "session.created": () => this.greet(),
         "session.updated": () => this.listen(),
@@ -112,6 +127,7 @@
         "conversation.item.input_audio_transcription.completed": () => this.note(event),
         "conversation.item.deleted": () => this.asked.delete(event.item_id),
         "response.created": () => { this.active = event.response.id; this.said = ""; write("live-said", ""); },
+        "response.output_item.added": () => { this.item = event.item.id; },
         "response.output_audio_transcript.delta": () => this.say(event.delta),
         "response.output_text.delta": () => this.say(event.delta),
         "response.output_audio.delta": () => { show("speaking"); this.speaker.play(event.item_id, event.delta); },
@@ -123,9 +139,14 @@
       if (handlers[event.type]) handlers[event.type]();
     }
 
+    // Set what the visitor chose, from the next answer on.
+    configure() {
+      const lorikeet = { search: chosen("search") ?? "off", events: true };
+      this.send({ type: "session.update", session: { type: "realtime", model: chosen("model") ?? "default", lorikeet } });
+    }
+
     greet() {
-      const choice = document.querySelector("#search label.selected")?.innerText.trim().toLowerCase() || "off";
-      this.send({ type: "session.update", session: { type: "realtime", lorikeet: { search: choice, events: true } } });
+      this.configure();
       for (const [role, text] of before()) {
         const type = role === "user" ? "input_text" : "output_text";
         this.send({ type: "conversation.item.create", item: { type: "message", role, content: [{ type, text }] } });
@@ -142,9 +163,18 @@
     hear() {
       show("hearing");
       if (!this.speaker.busy) return;
-      const heard = this.speaker.stop();
-      this.send({ type: "conversation.item.truncate", item_id: heard.item, content_index: 0, audio_end_ms: heard.ms });
+      this.truncate(this.speaker.stop());
       find("live").dataset.interrupted = String(Number(find("live").dataset.interrupted || 0) + 1);
+    }
+
+    truncate(heard) {
+      this.send({ type: "conversation.item.truncate", item_id: heard.item, content_index: 0, audio_end_ms: heard.ms });
+    }
+
+    // What is forgotten must not be kept because it was broken off.
+    forget() {
+      if (this.active) this.send({ type: "conversation.item.delete", item_id: this.item });
+      this.stop();
     }
 
     note(event) { this.asked.set(event.item_id, event.transcript); write("live-heard", event.transcript); }
@@ -159,7 +189,7 @@
 
     finish(response) {
       this.active = null;
-      if (!this.speaker.busy && response.status !== "cancelled") show("listening");
+      if (live === this && !this.speaker.busy && response.status !== "cancelled") show("listening");
       const problem = response.status === "failed" ? response.status_details.error.message : "";
       // A turn that is taken back has no question any more by the time that its events are through.
       setTimeout(() => {
@@ -168,6 +198,7 @@
         if (asked) hand({ asked, said, problem, id: response.id, cut: response.status === "cancelled", search: this.turn.search || null });
         this.asked.clear();
         this.turn = {};
+        if (live !== this) this.socket.close();
       }, 50);
     }
 
@@ -178,13 +209,13 @@
     }
   }
 
-  // The chat as it is, for the assistant to know what was said before.
+  // The chat as it is, for the assistant to know what was said before: without searches, sources, and what got no answer.
   function before() {
-    const rows = [...document.querySelectorAll("#chat .message-row:not(:has(.cited))")].map((row) => {
-      const text = row.querySelector(".message-content")?.innerText.trim() || "";
-      return [row.classList.contains("user-row") ? "user" : "assistant", text];
-    });
-    return rows.filter(([, text]) => text).slice(-20);
+    const turns = [...document.querySelectorAll("#chat .message-content")]
+      .filter((part) => !part.closest(".thought-group") && !part.querySelector(".cited"))
+      .map((part) => [part.closest("[data-testid]").dataset.testid === "user" ? "user" : "assistant", part.innerText.trim()])
+      .filter(([, text]) => text);
+    return turns.filter(([role], place) => role === "assistant" || turns[place + 1]?.[0] === "assistant").slice(-20);
   }
 
   function hand(turn) {
@@ -203,10 +234,11 @@
 
   document.addEventListener("click", async (event) => {
     if (!event.target.closest("#open-mic")) {
-      if (live && event.target.closest("#fresh, #forget")) live.stop();
+      if (live && event.target.closest("#forget")) live.forget();
+      if (live && event.target.closest("#fresh")) live.stop();
       return;
     }
-    if (live) { live.stop(); return; }
+    if (live) { live.end(); return; }
     live = new Conversation();
     const mine = live;
     try {
@@ -216,5 +248,10 @@
         : navigator.mediaDevices ? "No microphone could be opened." : "The microphone needs https, or this machine's own address.";
       mine.stop(why);
     }
+  });
+
+  document.addEventListener("change", (event) => {
+    // Gradio marks the choice a moment later.
+    if (event.target.closest("#search, #model")) setTimeout(() => live?.configure(), 60);
   });
 })();

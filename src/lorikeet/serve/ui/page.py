@@ -28,18 +28,17 @@ from pydantic import BaseModel, Field, ValidationError
 from lorikeet.errors import LorikeetError
 from lorikeet.messages import Source
 from lorikeet.serve.assistant import Assistant, Done, Event, Found, Search, SearchFailed, Searching, Text
-from lorikeet.serve.memory import MAX_CORRECTION_CHARACTERS, Memory
+from lorikeet.serve.memory import Memory
 from lorikeet.serve.note import Note, new_id
 from lorikeet.serve.ui import recall
 from lorikeet.serve.ui.clips import Clips
-from lorikeet.serve.ui.look import HEAD, STYLE, mark, theme
+from lorikeet.serve.ui.look import HEAD, STYLE, theme
+from lorikeet.serve.ui.parts import MAX_LIVE_CHARACTERS, MAX_QUESTION_CHARACTERS, Parts, place_parts
 from lorikeet.serve.ui.talk import Talk
 from lorikeet.speech import Ears, Voice
 from lorikeet.speech.audio import decode
 from lorikeet.speech.sayable import sayable
 
-MAX_QUESTION_CHARACTERS = 8000
-MAX_LIVE_CHARACTERS = 64_000
 MAX_RECORDING_S = 60.0
 MAX_UPLOAD = "25mb"
 REFRESH_S = 0.05
@@ -56,7 +55,6 @@ Turn = Generator[str, None, None]
 """A turn under way: yields a problem in words for the user, '' while there is none."""
 
 LIVE_SCRIPTS = ("live.js", "live_worklet.js")
-SEARCH_CHOICES = [("Auto", "auto"), ("Off", "off"), ("Always", "always")]
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of what a click does: it shows no progress, and is no route that others could call."""
@@ -158,141 +156,59 @@ def _paths(value: Any) -> Iterator[str]:
 
 def build_page(assistants: Mapping[str, Assistant], *, ears: Ears | None, say: Say | None) -> gr.Blocks:
     """Return the page, not yet mounted; `say` makes the player of a spoken answer."""
-    model_name, assistant = next(iter(assistants.items()))
-    title = f"Lorikeet · {model_name}"
-    memory = assistant.memory
+    names, assistant = list(assistants), next(iter(assistants.values()))
+    title = f"Lorikeet · {names[0]}"
     with Page(title=title, analytics_enabled=False, fill_height=True, delete_cache=CLEAN_UP_S) as page:
         talk = gr.State(Talk(), time_to_live=24 * 3600)
-        with gr.Row(elem_id="bar"):
-            gr.HTML(_header(model_name if len(assistants) == 1 else ""), elem_id="top")
-            fresh = gr.Button("New conversation", elem_id="fresh", size="sm", variant="secondary")
-        chat = gr.Chatbot(
-            elem_id="chat",
-            show_label=False,
-            container=False,
-            layout="bubble",
-            scale=1,
-            height="100%",
-            min_height=220,
-            placeholder=_WELCOME,
-            sanitize_html=True,
-            latex_delimiters=[],
-            allow_tags=False,
-            feedback_options=("Like", "Dislike") if memory else None,
-            elem_classes=["rated"] if memory else [],
-            buttons=["copy"],
-        )
-        gr.HTML(_LIVE, elem_id="live-panel", visible=ears is not None)
-        notice = gr.HTML("", elem_id="notice", visible=True)
-        better = gr.Textbox(
-            elem_id="better",
-            label="A better answer",
-            lines=2,
-            max_lines=8,
-            max_length=MAX_CORRECTION_CHARACTERS,
-            submit_btn="Keep",
-            visible=False,
-        )
-        with gr.Column(elem_id="composer"):
-            question = gr.Textbox(
-                elem_id="question",
-                show_label=False,
-                container=False,
-                placeholder="Ask something",
-                lines=1,
-                max_lines=6,
-                max_length=MAX_QUESTION_CHARACTERS,
-                autofocus=True,
-                submit_btn=True,
-                stop_btn=False,
-            )
-            with gr.Row(elem_id="tools"):
-                search = gr.Radio(
-                    SEARCH_CHOICES if assistant.can_search else SEARCH_CHOICES[1:2],
-                    value=assistant.search_when,
-                    elem_id="search",
-                    label="Web search",
-                    interactive=assistant.can_search,
-                )
-                clip = gr.Audio(
-                    elem_id="clip",
-                    sources=["microphone", "upload"],
-                    type="filepath",
-                    format="wav",
-                    show_label=False,
-                    container=False,
-                    editable=False,
-                    buttons=[],
-                    visible=ears is not None,
-                )
-                gr.HTML(_OPEN_MICROPHONE, elem_id="microphone", visible=ears is not None)
-            model = gr.Radio(
-                list(assistants), value=model_name, elem_id="model", label="Answered by", visible=len(assistants) > 1
-            )
-        with gr.Row(elem_id="memory", visible=memory is not None):
-            gr.HTML(f"<p>{html.escape(recall.told(memory))}</p>" if memory else "", elem_id="memory-line")
-            improve = gr.Button("Better answer", elem_id="improve", size="sm", variant="secondary")
-            forget = gr.Button("Forget", elem_id="forget", size="sm", variant="secondary")
-        # The open microphone's script hands its turns over with these two, which the style sheet hides.
-        with gr.Row(elem_id="live-hand"):
-            spoken_turn = gr.Textbox(
-                elem_id="live-turn", show_label=False, container=False, max_length=MAX_LIVE_CHARACTERS
-            )
-            keep = gr.Button("Keep", elem_id="live-keep")
-
-        def by_text(asked: str, choice: Search, named: str, current: Talk) -> Iterator[Any]:
-            if not asked.strip():
-                yield current.shown, _notice("Type a question first."), gr.skip()
-                return
-            yield from _watch(answer(assistants.get(named, assistant), current, asked.strip(), search=choice), current)
-
-        def by_voice(path: str | None, choice: Search, named: str, current: Talk) -> Iterator[Any]:
-            if path is None or ears is None:
-                return
-            yield current.shown, _notice("Listening to what you said …", kind="busy"), gr.skip(), None
-            asked, problem = hear(ears, Path(path))
-            if not asked:
-                yield current.shown, _notice(problem), gr.skip(), None
-                return
-            turn = answer(assistants.get(named, assistant), current, asked, search=choice, say=say)
-            for view in _watch(turn, current):
-                yield *view, gr.skip()
-
-        settings: dict[str, Any] = {
-            **_QUIET,
-            "concurrency_limit": ANSWERS_AT_ONCE,
-            "concurrency_id": "answers",
-        }
-        heard = [clip, search, model, talk], [chat, notice, question, clip]
-        runs = [
-            question.submit(by_text, [question, search, model, talk], [chat, notice, question], **settings),
-            clip.stop_recording(by_voice, *heard, **settings),
-            clip.upload(by_voice, *heard, **settings),
-        ]
-        keep.click(keep_spoken, [spoken_turn, talk], [chat, notice], **_QUIET)
-        question.stop(lambda: _IDLE, outputs=[question], cancels=runs, **_QUIET)
+        parts = place_parts(names, assistant, hears=ears is not None)
+        _let_ask(parts, talk, assistants, ears=ears, say=say)
+        begun = [parts.chat, parts.notice, parts.question, talk, parts.better]
         # A run ends by itself once its talk is left: to cancel it here could lose what this shows.
-        fresh.click(
-            _begin_anew,
-            [talk],
-            [chat, notice, question, talk, better],
-            **_QUIET,
-        )
-        if memory is not None:
-            _let_rate(memory, chat=chat, talk=talk, notice=notice, improve=improve, better=better)
-            forget.click(
-                partial(_forget, memory),
-                [talk],
-                [chat, notice, question, talk, better],
-                **_QUIET,
-            )
+        parts.fresh.click(_begin_anew, [talk], begun, **_QUIET)
+        if assistant.memory is not None:
+            _let_rate(parts, talk, assistant.memory)
+            parts.forget.click(partial(_forget, assistant.memory), [talk], begun, **_QUIET)
     page.queue(default_concurrency_limit=ANSWERS_AT_ONCE, max_size=64, api_open=False)
     return page
 
 
-def _let_rate(
-    memory: Memory, *, chat: gr.Chatbot, talk: gr.State, notice: gr.HTML, improve: gr.Button, better: gr.Textbox
+def _let_ask(
+    parts: Parts, talk: gr.State, assistants: Mapping[str, Assistant], *, ears: Ears | None, say: Say | None
 ) -> None:
+    """Let the visitor ask, in writing, by a recording or by the open microphone, and stop an answer."""
+    first = next(iter(assistants.values()))
+
+    def by_text(asked: str, choice: Search, named: str, current: Talk) -> Iterator[Any]:
+        if not asked.strip():
+            yield current.shown, _notice("Type a question first."), gr.skip()
+            return
+        yield from _watch(answer(assistants.get(named, first), current, asked.strip(), search=choice), current)
+
+    def by_voice(path: str | None, choice: Search, named: str, current: Talk) -> Iterator[Any]:
+        if path is None or ears is None:
+            return
+        yield current.shown, _notice("Listening to what you said …", kind="busy"), gr.skip(), None
+        asked, problem = hear(ears, Path(path))
+        if not asked:
+            yield current.shown, _notice(problem), gr.skip(), None
+            return
+        turn = answer(assistants.get(named, first), current, asked, search=choice, say=say)
+        for view in _watch(turn, current):
+            yield *view, gr.skip()
+
+    settings: dict[str, Any] = {**_QUIET, "concurrency_limit": ANSWERS_AT_ONCE, "concurrency_id": "answers"}
+    chosen, shown = [parts.search, parts.model, talk], [parts.chat, parts.notice, parts.question]
+    heard = [parts.clip, *chosen], [*shown, parts.clip]
+    runs = [
+        parts.question.submit(by_text, [parts.question, *chosen], shown, **settings),
+        parts.clip.stop_recording(by_voice, *heard, **settings),
+        parts.clip.upload(by_voice, *heard, **settings),
+    ]
+    parts.keep.click(keep_spoken, [parts.spoken_turn, talk], [parts.chat, parts.notice], **_QUIET)
+    parts.question.stop(lambda: _IDLE, outputs=[parts.question], cancels=runs, **_QUIET)
+
+
+def _let_rate(parts: Parts, talk: gr.State, memory: Memory) -> None:
     """Let the visitor rate each answer, and write a better one than the last."""
 
     def by_thumb(current: Talk, given: gr.LikeData) -> str:
@@ -317,9 +233,9 @@ def _let_rate(
         current.corrects = ""
         return _notice("Kept as the better answer.", kind="done"), _CLOSED
 
-    chat.like(by_thumb, [talk], [notice], **_QUIET)
-    improve.click(open_or_close, [talk], [notice, better], **_QUIET)
-    better.submit(by_words, [better, talk], [notice, better], **_QUIET)
+    parts.chat.like(by_thumb, [talk], [parts.notice], **_QUIET)
+    parts.improve.click(open_or_close, [talk], [parts.notice, parts.better], **_QUIET)
+    parts.better.submit(by_words, [parts.better, talk], [parts.notice, parts.better], **_QUIET)
 
 
 def _begin_anew(talk: Talk) -> tuple[Any, str, Any, Any, Any]:
@@ -520,21 +436,6 @@ def _notice(problem: str, *, kind: str = "problem") -> str:
     return f'<div class="{kind}" role="status">{html.escape(problem)}</div>' if problem else ""
 
 
-def _header(model_name: str) -> str:
-    model = f'<span class="model" title="the model that answers">{html.escape(model_name)}</span>' if model_name else ""
-    line = "A small assistant to write to, or talk with."
-    return f'<header>{mark(38)}<div class="name"><h1>Lorikeet {model}</h1><p>{line}</p></div></header>'
-
-
-_OPEN_MICROPHONE = """<button id="open-mic" type="button" aria-pressed="false"
- title="Talk freely: it listens, answers aloud, and stops when you speak"><i></i><span>Talk</span></button>"""
-
-_LIVE = """<section id="live" data-state="off" aria-live="polite"><p id="live-state" role="status"></p>
-<p id="live-heard"></p><p id="live-said"></p><div id="live-waterfall" aria-label="From the end of your speech"></div></section>"""
-
 _BUSY = gr.Textbox(value="", submit_btn=False, stop_btn=True)
 _IDLE = gr.Textbox(submit_btn=True, stop_btn=False)
 _CLOSED = gr.Textbox(value="", visible=False)
-
-_WELCOME = f"""<div class="welcome">{mark(48)}<h2>Ask, or press Talk</h2>
-<p>Answers are short, made to be heard; speak to interrupt them. When the web was searched, the reason and the sources are shown.</p></div>"""

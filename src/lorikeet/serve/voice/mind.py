@@ -1,7 +1,7 @@
 """What an answer takes, one step after another: hear, look up, write, speak; each step posted as soon as it is done.
 
-    mind = Mind(assistant, ears=ears, voice=voice, post=inbox.put)
-    mind.submit(Job(generation=mind.begin(), ...))
+    mind = Mind(ears=ears, voice=voice, post=inbox.put)
+    mind.submit(Job(generation=mind.begin(), assistant=assistant, ...))
 
 One thread does all of it, so hearing, writing and speaking never compete for the same cores within a conversation. A
 job that `begin` has overtaken stops at its next step and posts nothing more. It knows no turns and no protocol.
@@ -42,10 +42,10 @@ class Job:
     """The user's turn that `audio` belongs to."""
     audio: Samples | None = None
     """The user's turn, mono at 16 kHz; None if `history` ends with it."""
+    assistant: Assistant | None = None
+    """Who answers; None where the transcript alone is wanted."""
     history: tuple[Message, ...] = ()
     """What was said before."""
-    answers: bool = True
-    """Whether an answer is wanted, or the transcript alone."""
     speaks: bool = True
     """Whether the answer is spoken."""
     search: Search = "off"
@@ -71,6 +71,7 @@ class Looked:
 
     generation: int | None
     event: Searching | Found | SearchFailed
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +119,9 @@ Thought = Heard | Looked | Wrote | Said | Finished | Failed
 class Mind:
     """A worker thread with its queue and the one cancel counter of a conversation."""
 
-    def __init__(
-        self, assistant: Assistant, *, ears: Ears | None, voice: Voice | None, post: Callable[[Thought], object]
-    ) -> None:
+    def __init__(self, *, ears: Ears | None, voice: Voice | None, post: Callable[[Thought], object]) -> None:
         """Start the thread; what it thinks is given to `post`, on that thread."""
-        self._assistant, self._ears, self._voice, self._post = assistant, ears, voice, post
+        self._ears, self._voice, self._post = ears, voice, post
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._generation = 0
         self._thread = threading.Thread(target=self._work, name="mind", daemon=True)
@@ -176,14 +175,12 @@ class Mind:
             if not transcript.text:
                 return
             history = (*history, Message("user", transcript.text))
-        if job.answers:
-            yield from self._answer(job, history)
+        if job.assistant is not None:
+            yield from self._answer(job, job.assistant, history)
 
-    def _answer(self, job: Job, history: tuple[Message, ...]) -> Iterator[Thought]:
+    def _answer(self, job: Job, assistant: Assistant, history: tuple[Message, ...]) -> Iterator[Thought]:
         clauses = ClauseSplitter()
-        answer = self._assistant.respond(
-            history, search=job.search, max_tokens=job.max_tokens, note=job.note, urgent=True
-        )
+        answer = assistant.respond(history, search=job.search, max_tokens=job.max_tokens, note=job.note, urgent=True)
         with closing(answer) as events:
             for event in events:
                 if isinstance(event, Text):
@@ -198,7 +195,7 @@ class Mind:
                     if self._is_void(job):
                         return
                 elif isinstance(event, Searching | Found | SearchFailed):
-                    yield Looked(job.generation, event)
+                    yield Looked(job.generation, event, time.monotonic())
                     if isinstance(event, Searching) and not self._is_confirmed(job):
                         return
 

@@ -18,19 +18,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lorikeet.serve.voice.session import Parts, Session
 from lorikeet.serve.voice.settings import SESSION_S
-from lorikeet.serve.voice.wire import EventError, error_event, given_id, read_event
+from lorikeet.serve.voice.wire import EventError, check_model, error_event, given_id, read_event
 
 MAX_SESSIONS = 8
 """Conversations at once; each has two threads, and all share the engine."""
 
 MAX_WAITING = 4000
 """Events that may wait for a client that does not read; then it is let go."""
-
-MODELS = (
-    "default", "gpt-realtime", "gpt-realtime-2", "gpt-realtime-mini", "gpt-4o-realtime-preview",
-    "gpt-4o-mini-realtime-preview",
-)  # fmt: skip
-"""Names that OpenAI's clients send by habit; they mean what is served."""
 
 GOING_AWAY, POLICY, TRY_AGAIN_LATER = 1001, 1008, 1013
 """Close codes of RFC 6455 and its registry."""
@@ -42,7 +36,7 @@ class Door:
     def __init__(self, *parts: Parts) -> None:
         """Make sessions with the parts of the model that a client asks for; the first are those of the default."""
         self._parts = {each.model_name: each for each in parts}
-        self._default = parts[0]
+        self._default = parts[0].model_name
         self._open = 0
 
     async def enter(self, socket: WebSocket) -> None:
@@ -57,21 +51,21 @@ class Door:
             return
         self._open += 1
         try:
-            await self._serve(socket, self._parts.get(model, self._default))
+            await self._serve(socket, model if model in self._parts else self._default)
         finally:
             self._open -= 1
 
     def _refusal(self, model: str) -> dict[str, Any] | None:
+        try:
+            check_model(model, self._parts, param="model")
+        except EventError as error:
+            return error_event(str(error), code=error.code, param=error.param)
         if self._open >= MAX_SESSIONS:
             words = f"{MAX_SESSIONS} voice sessions are open, the most this server takes; try again later"
             return error_event(words, kind="server_error", code="session_limit")
-        if model not in (*MODELS, *self._parts):
-            served = ", ".join(repr(name) for name in self._parts)
-            words = f"model: {model[:100]!r} is not served here; ask for {served} or 'default'"
-            return error_event(words, code="model_not_found", param="model")
         return None
 
-    async def _serve(self, socket: WebSocket, parts: Parts) -> None:
+    async def _serve(self, socket: WebSocket, model: str) -> None:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -80,7 +74,7 @@ class Door:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(waiting.put_nowait, event)
 
-        session = Session(parts, send=send)
+        session = Session(self._parts, model=model, send=send)
         writer = asyncio.create_task(_write(socket, waiting))
         reader = asyncio.create_task(_read(socket, session, send))
         try:
@@ -98,6 +92,7 @@ class Door:
             for task in (writer, reader):
                 task.cancel()
             await asyncio.gather(writer, reader, return_exceptions=True)
+            await asyncio.to_thread(session.join)  # what was heard is kept before the server may end
 
 
 async def _read(socket: WebSocket, session: Session, send: Any) -> None:

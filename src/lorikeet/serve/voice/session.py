@@ -1,7 +1,7 @@
 """One conversation by voice: the turns that are heard, the answers that are spoken, and what the client is told.
 
-    session = Session(parts, send=queue.put)      # starts its thread
-    session.take(event)                           # a client event, from any thread
+    session = Session({"my-model": parts}, model="my-model", send=queue.put)      # starts its thread
+    session.take(event)                                                           # a client event, from any thread
     session.close()
 
 One thread owns all of its state: client events, what `Mind` posts, and the clock that paces speech meet in one inbox.
@@ -17,7 +17,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,14 @@ STALL_S = 2.0
 
 MAX_ITEMS = 500
 MAX_INBOX = 2000
+JOIN_S = 3.0
+"""So long is the end of a session waited for."""
+
 TAIL_MS = 200
 """Audio after the last frame of speech that is transcribed with it."""
+
+SAYS_NOTHING = Message("user", "...")
+"""Where the assistant speaks unasked: templates demand that turns alternate, and `tune` reads none without words."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,9 +98,13 @@ class Tick:
 class Session:
     """The conversation; see the module."""
 
-    def __init__(self, parts: Parts, *, send: Callable[[dict[str, Any]], object]) -> None:
-        """Start its threads and greet the client; `send` is given server events, on the session's thread."""
-        self._parts, self._send = parts, send
+    def __init__(self, models: Mapping[str, Parts], *, model: str, send: Callable[[dict[str, Any]], object]) -> None:
+        """Start its threads and greet the client; `send` is given server events, on the session's thread.
+
+        `model` answers until the client asks for another of `models`, which differ in nothing else.
+        """
+        self._models, self._send = models, send
+        self._parts = parts = models[model]
         self._inbox: queue.Queue[Came | Tick | Thought | None] = queue.Queue(MAX_INBOX)
         self._settings = SessionSettings.of(parts.model_name, parts.assistant.system_prompt, speaks=bool(parts.voice))
         self._taker = TurnTaker(self._settings.turns)
@@ -111,7 +121,7 @@ class Session:
         self._reply: Reply | None = None
         self._wanted: wire.ResponseFields | None = None
         """An answer asked for while a transcript is still being made."""
-        self._mind = Mind(parts.assistant, ears=parts.ears, voice=parts.voice, post=self._inbox.put)
+        self._mind = Mind(ears=parts.ears, voice=parts.voice, post=self._inbox.put)
         self._thread = threading.Thread(target=self._work, name="voice session", daemon=True)
         self._thread.start()
 
@@ -124,7 +134,10 @@ class Session:
         return True
 
     def close(self) -> None:
-        """End its threads; nothing is sent any more."""
+        """End its threads, without waiting for it; nothing is sent any more.
+
+        Of an answer that is being spoken, what was heard by now is kept.
+        """
         self._send = lambda _: None
         self._mind.close()
         while True:
@@ -133,6 +146,10 @@ class Session:
                 return
             except queue.Full:
                 self._drop_inbox()
+
+    def join(self) -> None:
+        """Wait until all is kept that is to be kept; after `close`, and at most `JOIN_S`."""
+        self._thread.join(JOIN_S)
 
     def _drop_inbox(self) -> None:
         while not self._inbox.empty():
@@ -151,6 +168,7 @@ class Session:
             except queue.Empty:
                 message = Tick()
             if message is None:
+                self._interrupt("client_cancelled")
                 return
             event_id = message.event.event_id if isinstance(message, Came) else None
             try:
@@ -160,6 +178,7 @@ class Session:
                     self._take_thought(message)
                 self._hear_stall()
                 self._speak()
+                self._respond_if_wanted()
             except EventError as error:
                 self._send(error_event(str(error), code=error.code, param=error.param, event_id=event_id))
             except InputError as error:
@@ -214,13 +233,20 @@ class Session:
             case wire.ResponseCreate():
                 self._respond(event.response or wire.ResponseFields())
             case wire.ResponseCancel():
-                if self._reply is None or not self._reply.shown or event.response_id not in {None, self._reply.id}:
-                    raise EventError("there is no response under way", code="response_cancel_not_active")
-                self._interrupt("client_cancelled")
+                self._cancel(event)
+
+    def _cancel(self, event: wire.ResponseCancel) -> None:
+        if self._reply and self._reply.shown and event.response_id in {None, self._reply.id}:
+            self._interrupt("client_cancelled")
+        elif self._wanted and event.response_id is None:
+            self._wanted = None
+        else:
+            raise EventError("there is no response under way", code="response_cancel_not_active")
 
     def _update(self, fields: wire.SessionFields) -> None:
         old = self._settings
-        self._settings = old.updated(fields, voice=self._parts.voice)
+        self._settings = old.updated(fields, voice=self._parts.voice, models=self._models.keys())
+        self._parts = self._models[self._settings.model]
         if self._settings.turns != old.turns:
             self._taker.settings = self._settings.turns
         if self._settings.detects_turns != old.detects_turns:
@@ -252,7 +278,7 @@ class Session:
         self._drop_turn()
         self._emit("input_audio_buffer.committed", item_id=item.id, previous_item_id=self._last_id())
         self._add(item)
-        self._mind.submit(Job(generation=None, item_id=item.id, audio=audio, answers=False))
+        self._mind.submit(Job(generation=None, item_id=item.id, audio=audio))
 
     def _clear(self) -> None:
         self._drop_turn()
@@ -263,7 +289,7 @@ class Session:
         self._drop_preparation()
         self._turn = None
         self._taker.reset()
-        self._buffer_start_ms = self._recording.end * 1000 / HEARING_HZ
+        self._buffer_start_ms = self._judged * 1000 / HEARING_HZ  # the detector is still to see the rest
         self._recording.forget_before(self._buffer_start_ms)
 
     def _create_item(self, event: wire.ItemCreate) -> None:
@@ -274,7 +300,7 @@ class Session:
             raise EventError(f"item.id: {item.id[:40]!r} is taken", code="item_exists", param="item.id")
         self._add(item, after=event.previous_item_id)
         if audio is not None:
-            self._mind.submit(Job(generation=None, item_id=item.id, audio=audio, answers=False))
+            self._mind.submit(Job(generation=None, item_id=item.id, audio=audio))
 
     def _read_item(self, fields: wire.ItemFields) -> tuple[Item, Samples | None]:
         """Return a client's item, and its audio if it has to be transcribed."""
@@ -344,6 +370,7 @@ class Session:
 
     def _delete(self, item: Item) -> None:
         if self._reply and self._reply.item is item:
+            self._reply.retracted = True
             self._interrupt("client_cancelled")
         if item in self._items:
             self._items.remove(item)
@@ -354,6 +381,8 @@ class Session:
         instructions = self._settings.instructions if options.instructions is None else options.instructions
         system = [Message("system", instructions)] if instructions else []
         turns = [Message(item.role, item.text) for item in items if item.text.strip()]  # type: ignore[arg-type]
+        if turns and turns[0].role == "assistant":
+            turns.insert(0, SAYS_NOTHING)
         return (*system, *turns)
 
     # Listening.
@@ -440,7 +469,7 @@ class Session:
             turn.reply = self._reply_to(options, item_id=turn.item_id, audio=audio)
             turn.job = turn.reply.job
         else:
-            turn.job = Job(generation=None, item_id=turn.item_id, audio=audio, answers=False)
+            turn.job = Job(generation=None, item_id=turn.item_id, audio=audio)
         turn.heard = None
         self._mind.submit(turn.job)
 
@@ -467,8 +496,11 @@ class Session:
         self._emit("input_audio_buffer.committed", item_id=turn.item_id, previous_item_id=self._last_id())
         self._add(Item(turn.item_id, "user", "input_audio", transcript.text))
         self._tell_transcript(turn.item_id, transcript.text, transcript.duration_s)
-        if turn.reply:
-            self._show(turn.reply)
+        if self._wanted is None or self._wanted.input is not None:
+            if turn.reply:
+                self._show(turn.reply)
+        else:
+            turn.reply = None  # what was prepared makes way for the answer that the client asks for
 
     def _tell_transcript(self, item_id: str, text: str, seconds: float) -> None:
         if self._settings.transcribes:
@@ -485,32 +517,48 @@ class Session:
             raise EventError(
                 "a response is under way; cancel it first", code="conversation_already_has_active_response"
             )
-        if options.input is None and any(item.pending for item in self._items):
+        turn_is_over = self._turn is not None and self._turn.ended is not None and not self._turn.committed
+        if turn_is_over or (options.input is None and self._is_hearing()):
             self._wanted = options
             return
-        history = self._history(options)
-        if not history or history[-1].role != "user":
-            raise EventError("there is nothing to answer: the conversation must end with a user's item")
         self._drop_preparation()
         reply = self._reply_to(options)
         self._mind.submit(reply.job)
         self._show(reply)
+
+    def _is_hearing(self) -> bool:
+        """Say whether items of the conversation are still being transcribed."""
+        return any(item.pending for item in self._items)
+
+    def _respond_if_wanted(self) -> None:
+        """Give the answer that was asked for too early, once what was said is known."""
+        turn_is_open = self._turn is not None and not self._turn.committed
+        if self._wanted is None or self._reply or turn_is_open or self._is_hearing():
+            return
+        options, self._wanted = self._wanted, None
+        self._respond(options)
 
     def _reply_to(self, options: wire.ResponseFields, *, item_id: str = "", audio: Samples | None = None) -> Reply:
         """Return a new answer, its job not yet submitted."""
         modality = (options.output_modalities or self._settings.modalities)[0]
         speaks = modality == "audio" and self._parts.voice is not None
         limit = options.max_output_tokens or self._settings.max_output_tokens
-        generation, response_id = self._mind.begin(), new_id("resp")
+        history, response_id = self._history(options), new_id("resp")
+        if not history and audio is None:
+            raise EventError("there is nothing to answer: give instructions, or create an item of the user's first")
+        asked = audio is not None or history[-1].role == "user"
+        note = Note(id=response_id, channel="voice", conversation_id=self._settings.conversation_id, deferred=True)
+        generation = self._mind.begin()
         job = Job(
             generation=generation,
             item_id=item_id,
             audio=audio,
-            history=self._history(options),
+            assistant=self._parts.assistant,
+            history=history if asked else (*history, SAYS_NOTHING),
             speaks=speaks,
             search=self._settings.search,
             max_tokens=limit if isinstance(limit, int) else None,
-            note=Note(id=response_id, channel="voice", conversation_id=self._settings.conversation_id, deferred=True),
+            note=note if asked else None,
         )
         item = Item(new_id("item"), "assistant", "output_audio" if speaks else "output_text", status="in_progress")
         kept = options.conversation != "none"
@@ -576,6 +624,8 @@ class Session:
             case Said():
                 self._take_said(reply, thought)
             case Looked():
+                if not isinstance(thought.event, Searching):
+                    reply.stages_s["search"] = thought.at_s
                 if reply.shown:
                     self._tell_search(reply, thought)
                 else:
@@ -609,12 +659,6 @@ class Session:
             if item.id == heard.job.item_id and item.pending:
                 item.text, item.pending = heard.transcript.text, False
                 self._tell_transcript(item.id, item.text, heard.transcript.duration_s)
-        self._respond_if_wanted()
-
-    def _respond_if_wanted(self) -> None:
-        if self._wanted is not None and not any(item.pending for item in self._items):
-            options, self._wanted = self._wanted, None
-            self._respond(options)
 
     def _fail_hearing(self, failed: Failed) -> None:
         """Say that a turn could not be transcribed."""
@@ -626,7 +670,6 @@ class Session:
                 item.pending = False
         if self._turn and self._turn.item_id == failed.job.item_id:
             self._drop_turn()
-        self._respond_if_wanted()
 
     def _write(self, reply: Reply, text: str) -> None:
         reply.text += text
@@ -684,7 +727,7 @@ class Session:
     def _waterfall(self, reply: Reply) -> dict[str, float]:
         """Return each stage of the turn in milliseconds after the end of speech."""
         start_s = reply.stages_s.get("speech_end")
-        stages = ("endpoint", "transcript", "first_token", "first_clause", "first_audio")
+        stages = ("endpoint", "transcript", "search", "first_token", "first_clause", "first_audio")
         if start_s is None:
             return {}
         return {

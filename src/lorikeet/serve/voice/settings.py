@@ -7,6 +7,7 @@ settings = settings.updated(fields, voice=voice)      # raises EventError, and c
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -47,10 +48,18 @@ class SessionSettings:
         """Return what a session begins with."""
         return cls(model=model, instructions=instructions, modalities=("audio" if speaks else "text",))
 
-    def updated(self, fields: wire.SessionFields, *, voice: Voice | None) -> SessionSettings:
-        """Return the settings with what `fields` give; what they do not name stays. Raises EventError."""
+    def updated(
+        self, fields: wire.SessionFields, *, voice: Voice | None, models: Collection[str] = ()
+    ) -> SessionSettings:
+        """Return the settings with what `fields` give; what they do not name stays, at every depth.
+
+        `models` are the names that may be chosen among. Raises EventError.
+        """
         given = fields.model_fields_set
         changes: dict[str, Any] = {}
+        if fields.model is not None:
+            wire.check_model(fields.model, models, param="session.model")
+            changes["model"] = fields.model if fields.model in models else self.model
         if "instructions" in given:
             changes["instructions"] = fields.instructions or ""
         if fields.output_modalities:
@@ -60,7 +69,7 @@ class SessionSettings:
         if "max_output_tokens" in given:
             changes["max_output_tokens"] = fields.max_output_tokens
         if fields.lorikeet:
-            changes |= {"search": fields.lorikeet.search, "tells_events": fields.lorikeet.events}
+            changes |= _named({"search": fields.lorikeet.search, "tells_events": fields.lorikeet.events})
         if fields.audio and fields.audio.output and fields.audio.output.voice:
             name = fields.audio.output.voice
             if name not in (*wire.VOICES, voice.name if voice else "default"):
@@ -77,15 +86,13 @@ class SessionSettings:
         if "turn_detection" not in fields.model_fields_set:
             return changes
         vad = fields.turn_detection
-        changes["detects_turns"] = vad is not None
-        if vad is not None:
-            named = {"threshold": vad.threshold, "prefix_padding_ms": vad.prefix_padding_ms}
-            named["silence_duration_ms"] = vad.silence_duration_ms
-            chosen = {name: value for name, value in named.items() if value is not None}
-            changes["turns"] = replace(TurnSettings(), **chosen)  # type: ignore[arg-type]  # each is its field's type
-            changes["responds"] = vad.create_response is not False
-            changes["interrupts"] = vad.interrupt_response is not False
-        return changes
+        if vad is None:
+            # Nothing of it is left to go on from when it is switched on again.
+            return changes | {"detects_turns": False, "turns": TurnSettings(), "responds": True, "interrupts": True}
+        turns = {"threshold": vad.threshold, "prefix_padding_ms": vad.prefix_padding_ms}
+        turns["silence_duration_ms"] = vad.silence_duration_ms
+        changes |= {"detects_turns": True, "turns": replace(self.turns, **_named(turns))}
+        return changes | _named({"responds": vad.create_response, "interrupts": vad.interrupt_response})
 
     def audio_output(self) -> dict[str, Any]:
         """Return the speaker's side as the API shows it."""
@@ -124,3 +131,8 @@ class SessionSettings:
             },
             "lorikeet": {"search": self.search, "events": self.tells_events},
         }
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a client gave."""
+    return {name: value for name, value in values.items() if value is not None}

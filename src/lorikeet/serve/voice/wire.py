@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -24,6 +25,12 @@ RATE_HZ = 24_000
 MAX_TEXT_CHARACTERS = 32_000
 VOICES = ("alloy", "ash", "ballad", "coral", "echo", "sage", "shimmer", "verse", "marin", "cedar", "default")
 """Names that OpenAI's clients send by habit; they mean what is served."""
+
+MODELS = (
+    "default", "gpt-realtime", "gpt-realtime-2", "gpt-realtime-mini", "gpt-4o-realtime-preview",
+    "gpt-4o-mini-realtime-preview",
+)  # fmt: skip
+"""As `VOICES`: a session begins with the default model then, and one that has begun keeps its own."""
 
 
 class EventError(InputError):
@@ -92,8 +99,8 @@ class Extension(_Loose):
     """What Lorikeet adds to a session."""
 
     model_config = ConfigDict(extra="forbid")
-    search: Literal["auto", "off", "always"] = "off"
-    events: bool = False
+    search: Literal["auto", "off", "always"] | None = None
+    events: bool | None = None
 
 
 Modalities = Annotated[list[Literal["text", "audio"]], Field(min_length=1, max_length=1)]
@@ -269,6 +276,14 @@ def given_id(text: str) -> str | None:
         return None
     name = body.get("event_id") if isinstance(body, dict) else None
     return name[:512] if isinstance(name, str) else None
+
+
+def check_model(name: str, served: Iterable[str], *, param: str) -> None:
+    """Raise EventError for a model that is not `served`, nor means what is."""
+    served = tuple(served)
+    if name not in (*MODELS, *served):
+        words = f"{param}: {name[:100]!r} is not served here; ask for {', '.join(map(repr, served))} or 'default'"
+        raise EventError(words, code="model_not_found", param=param)
 
 
 def read_audio(encoded: str) -> bytes:
