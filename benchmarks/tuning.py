@@ -1,6 +1,6 @@
 """LoRA on two CPU cores: Lorikeet beside TRL + PEFT, in one run, on the same conversations in the same order.
 
-    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 10] [--json PATH]     # about 25 minutes
+    .venv/bin/python benchmarks/tuning.py [--steps 3] [--curve 20] [--json PATH]     # about 40 minutes
 
 Every configuration runs in a process of its own: the recipe (r 16, alpha 16, dropout 0.05, seven projections, 4 x 2
 conversations a step, learning rate 3e-4) on SmolLM2-135M. TRL's configurations are swept in a few steps; its fastest two
@@ -47,6 +47,9 @@ TRL = {
     "bf16 autocast, packed": {"autocast": True, "packing": True},
 }
 """TRL's configurations; `bf16` loads the weights in it, `autocast` is what the trainer's bf16 flag does."""
+
+LOSSES = 10
+"""Steps whose losses are put side by side, where TRL's configuration for it is not one of its two fastest."""
 
 STEP_LIMIT_S = 60
 """A configuration whose steps take longer on average, start included, is stopped: it is several times too slow to be the fastest."""
@@ -259,7 +262,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="steps of each TRL configuration, the first not timed")
-    parser.add_argument("--curve", type=int, default=10, help="steps of the two loss curves")
+    parser.add_argument("--curve", type=int, default=20, help="steps of Lorikeet and of TRL's two fastest")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tuning.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -274,7 +277,7 @@ def main() -> None:
     fastest = max(leaders, key=lambda name: again[name]["tokens_per_s"])
     # Packing puts other conversations into a step; losses are compared where both see the same ones.
     alike = max((n for n in swept if not TRL[n].get("packing")), key=lambda name: swept[name]["tokens_per_s"])
-    curve = again.get(alike) or measure(alike, options.curve)
+    curve = again.get(alike) or measure(alike, min(LOSSES, options.curve))
     first, second = mine[BEST], measure(BEST, options.curve)
     rate = max(rate, gemm_rate())
     # The machine is shared and noisy: of Lorikeet's two runs, before and after TRL's, the mean counts.

@@ -250,6 +250,20 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
     assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0
 
 
+def test_stores_of_products_are_bounded_unless_somebody_has_set_them(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(fast.KERNELS), "LRU_CACHE_CAPACITY": str(fast.PREPARED)}
+    config = TuneConfig()
+    for given in ({}, dict.fromkeys(stores, "7")):
+        for name in stores:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        Scorer.build(apply_lora(load_base(tiny_model, torch.float32, CPU), config), config, dtype=torch.float32)
+        assert {name: fast.os.environ.get(name) for name in stores} == {**stores, **given}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_score_the_same_and_are_compiled_once(tiny_model: Path) -> None:
