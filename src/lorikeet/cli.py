@@ -29,6 +29,7 @@ from lorikeet.config import (
     VerifyConfig,
 )
 from lorikeet.errors import InputError, LorikeetError, is_out_of_memory
+from lorikeet.files import NO_SUCH_PLACE
 
 app = App(
     name="lorikeet",
@@ -412,6 +413,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SUCH_PLACE and error.filename:
+            return _fail(f"{error.filename}: {error.strerror}; name another path", code=InputError.exit_code)
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; what was there is kept: close other programs and try again", code=3)

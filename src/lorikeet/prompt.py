@@ -60,29 +60,35 @@ def defuse(text: str, specials: Iterable[str]) -> str:
     return text
 
 
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a tokenizer's chat template; of several with names, the one called `default`; '' if it has none.
+
+    Raises InputError if it has several and none of that name.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise InputError(
+                f"the model's tokenizer has the chat templates {', '.join(sorted(template))} and none called default; "
+                "call the one to tune with default"
+            )
+        template = template["default"]
+    return str(template or "")
+
+
 class PromptFormat:
     """A tokenizer with its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take a fast tokenizer with a chat template; of several with names, the one called `default`.
-
-        Raises InputError if it has none.
-        """
-        template = tokenizer.chat_template
-        if isinstance(template, dict):
-            if "default" not in template:
-                raise InputError(
-                    f"the model's tokenizer has the chat templates {', '.join(sorted(template))} and none called default; "
-                    "call the one to tune with default"
-                )
-            template = template["default"]
+        """Take a fast tokenizer with a chat template. Raises InputError if it has none."""
+        template = chat_template(tokenizer)
         if not template:
             raise InputError(
                 "the model's tokenizer has no chat template, so it cannot be tuned for conversation; "
                 "choose an instruct model, such as smollm2-135m-instruct"
             )
         self.tokenizer = tokenizer
-        self.template = str(template)
+        self.template = template
         self.specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.stop_ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()

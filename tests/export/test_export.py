@@ -27,7 +27,7 @@ from lorikeet.scoring import Scorer
 from lorikeet.tune import loop
 from lorikeet.weights import base_gguf_path
 
-from ..conftest import make_conversations, make_model, make_tokenizer, write_jsonl
+from ..conftest import CHATML, make_conversations, make_model, make_tokenizer, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,14 @@ def test_the_served_template_gives_the_tuned_tokens(tmp_path: Path) -> None:
         for conversation in make_conversations(20):
             messages = conversation.with_system("be brief: 1. 22 <|im_end|> \U0001f99c\n\n3").messages[:-1]
             assert engine.tokenize(engine.render(messages)) == prompt.prompt_ids(messages)
+
+
+def test_of_several_templates_the_default_is_written(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 'never' }}"}
+    folder = make_model(tmp_path / "base", tokenizer=tokenizer)
+    write_gguf(folder, tmp_path / "model.gguf", quant="q8_0", name="several")
+    assert read_header(tmp_path / "model.gguf").metadata["tokenizer.chat_template"] == CHATML
 
 
 def test_a_bos_is_written_once(tmp_path: Path) -> None:

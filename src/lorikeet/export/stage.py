@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from lorikeet.card import write_card
 from lorikeet.config import ExportConfig, Quant
@@ -29,15 +29,7 @@ from lorikeet.export.merge import merge
 from lorikeet.export.mix import FILE_TYPES
 from lorikeet.export.modelfile import write_modelfile
 from lorikeet.export.tensors import tensors
-from lorikeet.files import (
-    atomic_file,
-    atomic_folder,
-    could_go,
-    disk_error,
-    is_full,
-    remove_leftovers,
-    require_disk,
-)
+from lorikeet.files import alone, atomic_file, atomic_folder, could_go, is_full, remove_leftovers, require_disk
 from lorikeet.prompt import PromptFormat
 from lorikeet.run import RunFolder, require_memory
 from lorikeet.weights import base_gguf_path, base_name, cache_folder, model_identity, resolve_model
@@ -55,7 +47,7 @@ def export(root: Path, config: ExportConfig) -> RunFolder:
     if not config.budget_s >= 0:
         raise InputError(f"--budget-s is {config.budget_s:g}; it must be 0 or more seconds")
     run = RunFolder.open(root)
-    with _alone(run), _with_remedies(run, config):
+    with alone(root, command="export"), _with_remedies(run, config):
         for made in ("merged", "model-*.gguf", imatrix.FILE):
             remove_leftovers(root, of=made)
         return _export(run, config)
@@ -129,18 +121,6 @@ def convert(name: str, quant: Quant) -> Path:
         with _report(f"writing {quant}", path) as progress, atomic_file(path) as beside:
             write_gguf(folder, beside, quant=quant, name=name, progress=progress)
     return path
-
-
-@contextmanager
-def _alone(run: RunFolder) -> Iterator[None]:
-    """Keep other exports of this run out. Raises InputError if one is at work; a killed one holds nothing."""
-    try:
-        with FileLock(run.root / ".export.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(f"another lorikeet export is writing {run.root}; wait for it to end, or stop it") from error
-    except OSError as error:
-        raise disk_error(error, run.root) from error
 
 
 @contextmanager

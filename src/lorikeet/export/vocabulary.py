@@ -19,7 +19,7 @@ from gguf import GGUFWriter, TokenType
 
 from lorikeet.errors import InputError
 from lorikeet.messages import Conversation, Message
-from lorikeet.prompt import PromptFormat
+from lorikeet.prompt import PromptFormat, chat_template
 
 SPACE = "▁"
 """What stands for a space in SentencePiece's tokens."""
@@ -62,8 +62,8 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> 
     else:
         _add_byte_level(writer, tokenizer, backend, size=size, folder=folder)
     _add_special_ids(writer, tokenizer)
-    if tokenizer.chat_template:
-        writer.add_chat_template(str(tokenizer.chat_template))
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)
 
 
 def _add_byte_level(writer: GGUFWriter, tokenizer: Any, backend: dict[str, Any], *, size: int, folder: Path) -> None:
