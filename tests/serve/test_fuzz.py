@@ -124,7 +124,7 @@ def wav(
 def odd_sounds() -> Iterator[tuple[str, bytes]]:
     """Yield whole files of kinds that nobody sends, and what only looks like one."""
     floats = np.array([math.nan, math.inf, -math.inf, 1e38, -1e38, 0.5] * 800, "<f4").tobytes()
-    for channels in (0, 1, 2, 3, 7, 64, 255, 65535):
+    for channels in (0, 1, 2, 3, 7, 8, 9, 16, 64, 255, 65535):
         yield f"{channels} channels", wav(bytes(4800), channels=channels)
     for rate_hz in (0, 1, 7, 3999, 192_000, 2**31 - 1, 2**32 - 1):
         yield f"{rate_hz} Hz", wav(bytes(4800), rate_hz=rate_hz)

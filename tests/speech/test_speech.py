@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -64,6 +66,19 @@ def test_rates_and_channels_become_mono_at_16_khz(tmp_path: Path) -> None:
         samples = decode(tmp_path / name)
         assert abs(samples.size / HEARING_HZ - 2.0) < 0.1, name
         assert abs(level_db(samples) - level_db(tone(2.0))) < 1.0, name
+
+
+@pytest.mark.parametrize("channels", [1, 6, 8, 9, 64])
+def test_many_channels_become_their_mean(channels: int) -> None:
+    data = io.BytesIO()
+    with wave.open(data, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(HEARING_HZ)
+        first = np.zeros((HEARING_HZ, channels), np.float32)
+        first[:, 0] = tone(1.0)
+        file.writeframes((first * 32767).astype("<i2").tobytes())
+    assert np.abs(decode(data.getvalue()) - tone(1.0) / channels).max() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,16 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
         with av.open(io.BytesIO(data), mode="r", metadata_errors="ignore", options=options) as container:
             if not container.streams.audio:
                 raise InputError(f"{name} holds no sound; give a WAV, FLAC, MP3, OGG or WebM file")
-            # The channels stay apart here: FFmpeg's own mix to mono makes equal channels 3 dB louder.
-            resampler = av.AudioResampler(format="fltp", rate=HEARING_HZ)
+            # The channels stay apart here: FFmpeg's own mix to mono makes equal channels 3 dB louder. They stay in one
+            # plane: where each has its own, PyAV looks for the end of a list that from 8 channels on has none, and crashes.
+            resampler = av.AudioResampler(format="flt", rate=HEARING_HZ)
             for frame in container.decode(container.streams.audio[0]):
                 # Asked before it is resampled: at 1 Hz, a few bytes are an hour.
                 total_s += frame.samples / max(1, frame.sample_rate)
                 if total_s > max_seconds:
                     raise InputError(f"{name} is longer than {max_seconds:g} seconds; give a shorter one")
-                parts += [resampled.to_ndarray().mean(axis=0) for resampled in resampler.resample(frame)]
-            parts += [resampled.to_ndarray().mean(axis=0) for resampled in resampler.resample(None)]
+                parts += map(_mixed, resampler.resample(frame))
+            parts += map(_mixed, resampler.resample(None))
     except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(
             f"{name} is not an audio file that can be read; give a WAV, FLAC, MP3, OGG or WebM file"
@@ -61,6 +62,12 @@ def decode(data: bytes | Path, *, max_seconds: float = 300.0) -> Samples:
         raise InputError(f"{name} is empty; record something first")
     samples = np.concatenate(parts).astype(np.float32, copy=False)
     return np.clip(np.nan_to_num(samples), -1.0, 1.0)
+
+
+def _mixed(frame: Any) -> Samples:
+    """Return the mean of a frame's channels, which alternate in its one plane."""
+    mixed: Samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1)
+    return mixed
 
 
 class Resampler:
