@@ -652,6 +652,7 @@ def test_neither_turn_nor_answer_waits_for_the_other_once_that_is_given_up(voice
             talker.play(silence(500), live=False)
         else:
             talker.connection.response.cancel()
+        talker.settle()
         ears.may_hear.set()
         assert talker.wait("response.done").response.status == "completed"
         left = ["Sing.", "First?"] if given_up == "turn" else ["Be brief.", "First?", "Second?"]
@@ -667,6 +668,7 @@ def test_an_answer_beside_the_conversation_does_not_take_the_place_of_the_turns_
         talker.play(say(voice, "And the second question?"), silence(800), live=False)
         talker.wait("input_audio_buffer.speech_stopped")
         talker.connection.response.create(response=aside)
+        talker.settle()
         ears.may_hear.set()
         assert talker.wait("response.done").response.metadata is None
         assert talker.wait("response.done").response.metadata == {"for": "test"}
