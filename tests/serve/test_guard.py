@@ -166,3 +166,11 @@ def test_a_form_that_spells_half_a_character_is_a_wrong_key(locked: str) -> None
     )
     answer = httpx.post(f"{locked}/v1/audio/transcriptions", content=body, headers=headers | bearer(API_KEY))
     assert answer.status_code == 400
+
+
+def test_a_form_in_a_charset_that_only_raises_is_refused(locked: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="key"\r\n\r\nkey\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}
+    assert httpx.post(f"{locked}/login", content=body, headers=headers).status_code == 400
+    answer = httpx.post(f"{locked}/v1/audio/transcriptions", content=body, headers=headers | bearer(API_KEY))
+    assert answer.status_code == 400

@@ -157,6 +157,8 @@ class Guard:
                 key = form.get("key")
         except HTTPException as error:
             return JSONResponse(error_body(error.detail), status_code=error.status_code)
+        except UnicodeError:  # Python has codecs, `undefined` among them, that raise more than its decode errors
+            return JSONResponse(error_body("the form's charset cannot be read"), status_code=400)
         # A form may name a charset that makes halves of characters, which UTF-8 has not.
         if not isinstance(key, str) or not self._is_key(key.strip().encode("utf-8", "surrogatepass")):
             return _login_page("That key is not right.")
