@@ -191,3 +191,20 @@ def test_templates_are_rendered_in_a_sandbox() -> None:
     prompt = PromptFormat(make_tokenizer("{{ messages.__class__.__mro__[1].__subclasses__() }}"))
     with pytest.raises(InputError):
         prompt.render(talk("a").messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 // 0 }}",
+        "{% for n in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[0].content.nothing() }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% if %}",
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(template: str) -> None:
+    with pytest.raises(InputError, match=r"chat template refuses the conversation: .+") as raised:
+        PromptFormat(make_tokenizer(template)).render([Message("user", "the fox")])
+    assert "\n" not in str(raised.value)

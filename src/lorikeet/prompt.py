@@ -194,12 +194,13 @@ class PromptFormat:
         return ids, spans
 
     def _apply(self, rows: list[dict[str, Any]], *, generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             rendered = self.tokenizer.apply_chat_template(
                 rows, tokenize=False, add_generation_prompt=generation_prompt, chat_template=self.template
             )
-        except TemplateError as error:
-            raise InputError(f"the model's chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is a program, and raises what programs raise
+            if is_out_of_memory(error):
+                raise
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the model's chat template refuses the conversation: {why}") from error
         return str(rendered)
