@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,19 @@ def test_a_question_beyond_the_context_is_the_requests_fault(process: Any) -> No
 
 def test_sigterm_ends_the_server_within_its_bound_also_while_it_answers(process: Any) -> None:
     running, url = process
-    body = {"messages": [{"role": "user", "content": "Tell a long story."}], "stream": True, "max_tokens": 256}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
-        next(response.iter_lines())
+    messages = [{"role": "user", "content": "Tell a very long story."}]
+    body = {"messages": messages, "stream": True, "max_tokens": 256}
+    with ThreadPoolExecutor(16) as clients:  # more than it can end within its bound: some are cut, some still wait
+        answers = [clients.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=30) for _ in range(16)]
+        time.sleep(1)
         began = time.monotonic()
         running.send_signal(signal.SIGTERM)
         assert running.wait(15) == 0
         assert time.monotonic() - began < 15
+    assert any(answer.exception() for answer in answers)
+    said = running.stderr.read()
+    assert "Traceback" not in said, said
+    assert "running task(s)" in said
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 

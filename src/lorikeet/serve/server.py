@@ -9,8 +9,10 @@ It knows nothing of what it serves.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -69,8 +71,15 @@ def run_server(app: Any, listener: Listener, *, proxy: str = "", on_ready: Calla
             if self.started:
                 on_ready(listener.url)
 
+    settings = server_settings(app, proxy=proxy)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cut_answer)
     listener.stop_waiting()
-    Server(server_settings(app, proxy=proxy)).run(sockets=[listener.socket])
+    Server(settings).run(sockets=[listener.socket])
+
+
+def _is_no_cut_answer(record: logging.LogRecord) -> bool:
+    """Say whether a line of the log is more than the trace of an answer that was cut at the end; how many were has a line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def server_settings(app: Any, *, proxy: str = "") -> Any:

@@ -8,6 +8,7 @@ It knows neither chat nor sound; `http` and `audio` write what goes out.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any, TypeVar
@@ -40,7 +41,9 @@ async def pull(events: Generator[T, None, None], limiter: anyio.CapacityLimiter)
             yield event
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(events.close)
+            # When the server ends, a thread may still be waiting for an event; it ends with the engine, and so does `events`.
+            if inspect.getgeneratorstate(events) != inspect.GEN_RUNNING:
+                await anyio.to_thread.run_sync(events.close)
 
 
 class ClosingResponse(StreamingResponse):
