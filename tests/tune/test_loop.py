@@ -22,7 +22,7 @@ from lorikeet.data.encode import encode_all
 from lorikeet.errors import InputError
 from lorikeet.prompt import PromptFormat
 from lorikeet.run import RunFolder
-from lorikeet.tune import loop
+from lorikeet.tune import checkpoint, loop
 from lorikeet.tune.adapter import apply_lora
 from lorikeet.tune.batches import pack
 from lorikeet.tune.fast import Scorer
@@ -89,6 +89,24 @@ def test_the_best_checkpoint_is_the_adapter(
     written = adapter_of(run.root)
     assert len(kept) == len(written)
     assert all(torch.equal(value, written[name.replace(".default", "")]) for name, value in kept.items())
+
+
+def test_what_the_optimizer_knows_is_restored_where_its_parameters_are(tmp_path: Path) -> None:
+    run, scaler = RunFolder.create(tmp_path / "run", config={}), torch.amp.GradScaler("cpu", enabled=False)
+    here, elsewhere = ({"a": torch.nn.Parameter(torch.ones(3, device=device))} for device in ("cpu", "meta"))
+    optimizer = torch.optim.AdamW(here.values(), fused=True)
+    here["a"].grad = torch.ones(3)
+    optimizer.step()
+    state = checkpoint.State(1, 1, 1, 0.0, elapsed_s=0.0, validation_s=0.0, tokens=1)
+    checkpoint.save(run, state, here, optimizer, scaler)
+    newest = checkpoint.latest(run)
+    assert newest
+    for parameters in (here, elsewhere):
+        restored = torch.optim.AdamW(parameters.values())
+        assert checkpoint.restore(newest, parameters, restored, scaler) == state
+        kept = restored.state[parameters["a"]]
+        assert kept.keys() == {"step", "exp_avg", "exp_avg_sq"}  # the fused step on a GPU reads the count there, too
+        assert all(value.device == parameters["a"].device for value in kept.values())
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(config: TuneConfig, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def restore(
                 key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name
             }
             optimizer.state[parameter] = {
-                key: _step(value) if key == "step" else value.to(parameter.device) for key, value in entries.items()
+                key: _step(value) if key == "step" else value
+                for key, value in ((key, value.to(parameter.device)) for key, value in entries.items())
             }
         scale = {key.removeprefix(SCALER): value.item() for key, value in tensors.items() if key.startswith(SCALER)}
         if scale:
