@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lorikeet.config import TuneConfig
 from lorikeet.data.encode import encode_all
 from lorikeet.prompt import Encoded, PromptFormat
-from lorikeet.tune import attention, fast, linear, loss
+from lorikeet.tune import attention, fast, linear, loss, native
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import document_attention
 from lorikeet.tune.batches import pack, pack_all
 from lorikeet.tune.fast import FAMILIES, Scorer
 from lorikeet.tune.forecast import measure
+from lorikeet.tune.native import load_attention
 
 from ..conftest import make_conversations, make_model, make_tokenizer
 
@@ -41,14 +45,28 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[in
     return torch.cat(parts, dim=1)
 
 
+@pytest.fixture(scope="module")
+def built() -> None:
+    compiler = fast._cpp_compiler()
+    if sys.platform != "linux" or not shutil.which(compiler):
+        pytest.skip(f"attention is built on Linux, where there is a C++ compiler: no {compiler} here")
+    assert load_attention(compiler) == ""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    attention._schedule.cache_clear()
+    monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks,
+    monkeypatch.setattr(attention, "KEPT", 40)  # and some of these compute their weights again
+    yield
+    attention._schedule.cache_clear()
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("window", [0, 5, 40])
 @pytest.mark.parametrize("shared", [0, 9, 21])
 @pytest.mark.parametrize("lengths", [[1], [7, 1, 12], [33, 70, 16]])
-def test_attention_stays_inside_each_document(
-    lengths: list[int], shared: int, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 16)  # so that some documents take several blocks,
-    monkeypatch.setattr(attention, "KEPT", 40)  # and some of these compute their weights again
+def test_attention_stays_inside_each_document(lengths: list[int], shared: int, window: int) -> None:
     bounds = torch.tensor([shared, *lengths]).cumsum(0)
     torch.manual_seed(0)
     q = torch.randn(6, int(bounds[-1]), 8, requires_grad=True)
@@ -63,12 +81,79 @@ def test_attention_stays_inside_each_document(
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.usefixtures("built", "small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("shared", [0, 9, 21])
+@pytest.mark.parametrize("lengths", [[1], [90], [7, 1, 12], [33, 70, 16, 33, 5]])
+def test_native_attention_is_the_same(
+    lengths: list[int],
+    shared: int,
+    window: int,
+    threads: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention.torch, "get_num_threads", lambda: threads)
+    bounds = torch.tensor([shared, *lengths]).cumsum(0)
+    torch.manual_seed(0)
+    # As in a model, heads lie inside tokens; scores are large, so that weights differ.
+    parts = [(3 * torch.randn(int(bounds[-1]), heads, 8)).to(dtype).transpose(0, 1) for heads in (6, 2, 2, 6)]
+    q, k, v = (part.requires_grad_() for part in parts[:3])
+    room = attention.weights_kept(bounds)
+    scheduled = attention._scheduled(bounds, window, k)
+    assert threads > 1 or scheduled is not None
+    found = []
+    for way, kind in ((False, torch.float32), (False, dtype), (True, dtype), (True, dtype)):
+        some = [part.detach().to(kind).requires_grad_() for part in (q, k, v)]
+        out = document_attention(*some, bounds, room, 8**-0.5, window, native=way)
+        found.append((out, *torch.autograd.grad(out, some, parts[3].to(kind))))
+    for exact, plain, one, again in zip(*found, strict=True):
+        plain_error, error = ((exact - value).square().mean().sqrt() for value in (plain, one))
+        assert error < 2 * plain_error + 4e-6 * exact.square().mean().sqrt() + 1e-7
+        assert torch.equal(one, again)
+        assert one.stride() == plain.stride()
+
+
+def test_a_schedule_holds_each_block_once_and_keeps_threads_busy() -> None:
+    for lengths, threads, heads in (([40, 170, 300, 90], 2, 3), ([40] * 20, 4, 1), ([500, 40], 2, 4), ([500], 3, 3)):
+        bounds = tuple(torch.tensor([45, *lengths]).cumsum(0).tolist())
+        schedule = attention._schedule(bounds, 0, heads, threads)
+        assert schedule is not None
+        blocks = [row[1:8].tolist() for row in schedule]
+        expected = list(attention._blocks(torch.tensor(bounds), 0))
+        assert {tuple(b[4:6]) for b in blocks} == {(b.queries.start, b.queries.stop) for b in expected}
+        for block in expected:
+            rows = [row for row in schedule.tolist() if row[5:7] == [block.queries.start, block.queries.stop]]
+            assert sorted(head for row in rows for head in range(row[8], row[9])) == list(range(heads))
+        work = [0] * threads
+        for row in schedule.tolist():
+            keys = row[2] - row[1] + row[4] - row[3]
+            work[row[0]] += (row[6] - row[5]) * keys * (row[9] - row[8])
+        assert max(work) * threads <= 1.6 * sum(work)
+    assert attention._schedule((0, 500), 0, 1, 2) is None  # a single document of one key head is one thread's work
+
+
+def test_attention_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'attention.cpp:1: error: omp.h is not here' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert load_attention(str(broken)) == "attention.cpp:1: error: omp.h is not here"
+    assert "c++" in load_attention("/nowhere/c++")
+    broken.write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho no library > $2\n")
+    assert ".so" in load_attention(str(broken))
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_attention_is_a_well_formed_operator() -> None:
     bounds = torch.tensor([0, 5, 9])
     q, k, v = (torch.randn(heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        attention._forward, (q, k, v, bounds, attention.weights_kept(bounds), 0.3, 0), test_utils=checks
+        attention._forward, (q, k, v, bounds, attention.weights_kept(bounds), 0.3, 0, False), test_utils=checks
     )
 
 
@@ -248,6 +333,20 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
     monkeypatch.setattr(fast.sysconfig, "get_path", lambda _: "/nowhere")
     assert "Python's headers" in scorer.compile()
     assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0
+
+
+def test_what_a_gpu_needs_to_compile_is_said_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, here = torch.device("cuda"), {"g++"}
+    monkeypatch.setattr(fast.shutil, "which", lambda name: f"/usr/bin/{name}" if name in here else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fast, "has_triton", lambda: False)
+    assert "Triton" in fast._no_compiler(gpu)
+    monkeypatch.setattr(fast, "has_triton", lambda: True)
+    assert "there is no C compiler gcc or clang" in fast._no_compiler(gpu)
+    here.add("clang")
+    assert "C compiler" not in fast._no_compiler(gpu)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert "there is no C compiler /nowhere/cc" in fast._no_compiler(gpu)
 
 
 def test_stores_of_products_are_bounded_unless_somebody_has_set_them(

@@ -31,6 +31,12 @@ BLOCK = 128
 KEPT = 512
 """Documents up to this length keep their attention weights for the backward pass; longer ones compute them again."""
 
+OVERHEAD = 3000
+"""What a block costs besides, in pairs of a query and a key: it takes 0.2 ms of a thread, and 17,000 pairs of nine heads 1."""
+
+BUSY, LEAST_BUSY = 1.1, 1.6
+"""The busiest thread may have so many times its share. Products that threads share reach about 60 % of the speed."""
+
 
 def use_document_attention(model: Any) -> None:
     """Make `model`, of transformers, attend with `document_attention`; it must be called with `documents`."""
@@ -52,19 +58,23 @@ def _attend(
     *,
     documents: torch.Tensor,
     room: int,
+    native: bool,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return what transformers asks of an attention: (1, tokens, heads, head size), and no weights."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = document_attention(query[0], key[0], value[0], documents, room, scale, sliding_window or 0)
+    window = sliding_window or 0
+    out = document_attention(query[0], key[0], value[0], documents, room, scale, window, native=native)
     return out.transpose(0, 1).unsqueeze(0), None
 
 
 class _Block(NamedTuple):
     """Queries whose scores are held at once, and the keys that they see."""
 
+    document: int
+    """The number of its document; a shared start counts as the first."""
     head: slice
     """Keys of the shared start; empty where there is none, or none is seen."""
     own: slice
@@ -97,13 +107,13 @@ def _blocks(documents: torch.Tensor, window: int) -> Iterator[_Block]:
     shared = bounds[0]
     parts = [(0, shared, 0)] if shared else []
     parts += [(start, end, shared) for start, end in itertools.pairwise(bounds)]
-    for start, end, before in parts:
+    for document, (start, end, before) in enumerate(parts):
         count = max(1, round((end - start) / BLOCK))
         for block in range(count):
             first, last = (start + (end - start) * edge // count for edge in (block, block + 1))
             lowest = max(0, before + first - start - window + 1) if window else 0
             head, own = slice(min(lowest, before), before), slice(start + max(0, lowest - before), last)
-            yield _Block(head, own, slice(first, last), before + end - start <= KEPT)
+            yield _Block(document, head, own, slice(first, last), before + end - start <= KEPT)
 
 
 def weights_kept(documents: torch.Tensor) -> int:
@@ -138,6 +148,47 @@ def _softmax(
     return torch.softmax(scores, -1) if out is None else torch.softmax(scores, -1, out=out.view(scores.shape))
 
 
+def _scheduled(documents: torch.Tensor, window: int, key: torch.Tensor) -> torch.Tensor | None:
+    """Return the `_schedule` of a row."""
+    return _schedule(tuple(documents.tolist()), window, key.shape[0], torch.get_num_threads())
+
+
+@lru_cache(maxsize=32)
+def _schedule(bounds: tuple[int, ...], window: int, key_heads: int, threads: int) -> torch.Tensor | None:
+    """Return which thread computes which blocks, the rows of `Block` in attention.cpp, int64; None where too few have work.
+
+    A document is computed by one thread, since its blocks add to the same keys: for all heads at once if that keeps the
+    threads busy, else for one key head after the other.
+    """
+    blocks, place = [], 0
+    for block in _blocks(torch.tensor(bounds), window):
+        queries, keys = block.shape
+        blocks.append((block, place if block.keeps else -1, queries * keys + OVERHEAD))
+        place += queries * keys if block.keeps else 0
+    for heads in (key_heads, 1):
+        parts = [(document, low) for document in range(len(bounds)) for low in range(0, key_heads, heads)]
+        costs = dict.fromkeys(parts, 0)
+        for block, _, cost in blocks:
+            for low in range(0, key_heads, heads):
+                costs[block.document, low] += cost * heads
+        loads = [0] * threads
+        chosen = {}
+        for part in sorted(parts, key=lambda part: -costs[part]):
+            chosen[part] = loads.index(min(loads))
+            loads[chosen[part]] += costs[part]
+        if max(loads) * threads <= BUSY * sum(loads):
+            break
+    else:
+        if max(loads) * threads > LEAST_BUSY * sum(loads):
+            return None
+    rows = []
+    for block, kept_at, _ in blocks:
+        for low in range(0, key_heads, heads):
+            spans = (span for part in (block.head, block.own, block.queries) for span in (part.start, part.stop))
+            rows.append((chosen[block.document, low], *spans, kept_at, low, low + heads))
+    return torch.tensor(rows)
+
+
 @torch.library.custom_op("lorikeet::document_attention", mutates_args=())
 def _forward(
     query: torch.Tensor,
@@ -147,8 +198,14 @@ def _forward(
     room: int,
     scale: float,
     window: int,
+    native: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the attention and, one after the other, the weights that are kept: `room` of them for each head, at most."""
+    if native and (schedule := _scheduled(documents, window, key)) is not None:
+        attended: tuple[torch.Tensor, torch.Tensor] = torch.ops.lorikeet_cpu.document_attention(
+            query, key, value, schedule, room, scale, window
+        )
+        return attended
     groups = query.shape[0] // key.shape[0]
     out = torch.empty_like(query)
     kept = query.new_empty(query.shape[0] * room)
@@ -182,8 +239,14 @@ def _backward(
     kept: torch.Tensor,
     scale: float,
     window: int,
+    native: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value."""
+    if native and (schedule := _scheduled(documents, window, key)) is not None:
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.lorikeet_cpu.document_attention_backward(
+            grad, query, key, value, schedule, kept, scale, window, int(documents[0])
+        )
+        return gradients
     heads, groups = query.shape[0], query.shape[0] // key.shape[0]
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     place = 0
@@ -211,7 +274,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, documents, _, ctx.scale, ctx.window = inputs
+    query, key, value, documents, _, ctx.scale, ctx.window, ctx.native = inputs
     ctx.save_for_backward(query, key, value, documents, output[1])
     ctx.set_materialize_grads(False)
 
@@ -219,7 +282,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _differentiate(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     query, key, value, documents, kept = ctx.saved_tensors
     return (
-        *_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window),
+        *_backward(grad, query, key, value, documents, kept, ctx.scale, ctx.window, ctx.native),
+        None,
         None,
         None,
         None,
@@ -238,12 +302,15 @@ def document_attention(
     room: int,
     scale: float,
     window: int = 0,
+    *,
+    native: bool = False,
 ) -> torch.Tensor:
     """Return softmax(scale * query @ key^T) @ value, causal, inside each document.
 
     `query` is (heads, tokens, head size), `key` and `value` (key heads, tokens, head size); heads is a multiple of key
     heads. `documents`, int64 on the CPU, shape (documents + 1,), holds where each starts, and the end; what lies before
-    the first is the start of each. `room` is `weights_kept(documents)`. `window` is how many keys a query sees, 0 for all. The result has the shape and type of `query`.
+    the first is the start of each. `room` is `weights_kept(documents)`. `window` is how many keys a query sees, 0 for all. With
+    `native` the library that `native.load_attention` loads computes it, float32 or bfloat16. The result has the shape and type of `query`.
     """
-    out: torch.Tensor = _forward(query, key, value, documents, room, scale, window)[0]
+    out: torch.Tensor = _forward(query, key, value, documents, room, scale, window, native)[0]
     return out

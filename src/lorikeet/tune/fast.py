@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils._triton import has_triton
 
 from lorikeet.config import TuneConfig
 from lorikeet.tune.attention import use_document_attention, weights_kept
 from lorikeet.tune.batches import Batch
 from lorikeet.tune.linear import Masks, fuse_linears
 from lorikeet.tune.loss import chunked_loss
+from lorikeet.tune.native import load_attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 """Model types whose fast path is compared with their plain one by the tests, number against number."""
@@ -71,6 +73,26 @@ def shorten_last_block(block: Any) -> None:
         block.__class__ = type("LastBlock", (LastBlock, block.__class__), {})
 
 
+def _cpp_compiler() -> str:
+    """Return the C++ compiler that torch.compile takes."""
+    return os.environ.get("CXX", DEFAULT_COMPILER)
+
+
+def _no_compiler(device: torch.device) -> str:
+    """Return what torch.compile needs on `device` and does not find here; '' if nothing."""
+    if device.type == "cuda":
+        if not has_triton():
+            return "Triton, which compiles for a GPU, is not here, or the GPU is older than it supports (compute capability 7.0)"
+        named = os.environ.get("CC", "")
+        if not any(map(shutil.which, [named] if named else ["gcc", "clang"])):  # those that Triton looks for
+            return f"there is no C compiler {named or 'gcc or clang'} (set CC, or on Debian, Ubuntu: apt-get install gcc python3-dev)"
+    elif not shutil.which(compiler := _cpp_compiler()):
+        return f"there is no C++ compiler {compiler} (set CXX, or on Debian, Ubuntu: apt-get install g++ python3-dev)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are not here (Debian, Ubuntu: apt-get install python3-dev)"
+    return ""
+
+
 @dataclass
 class Scorer:
     """A PEFT model and how a batch goes through it."""
@@ -85,6 +107,8 @@ class Scorer:
     packed_tokens: int
     """Up to so many tokens of several conversations make one row; 0 on the plain path, where each is a row of its own: a
     family that is not known may have layers other than attention, which would go on from one conversation into the next."""
+    native: bool = False
+    """Whether attention is that of `attention.cpp`."""
     plain: list[str] = field(default_factory=list)
     """What is computed the plain way, each with its reason, for a person to read."""
 
@@ -107,19 +131,19 @@ class Scorer:
             masks = fuse_linears(model)
         elif fast:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
-        return cls(model, dtype, fast, masks, config.max_length if fast else 0, plain)
+        return cls(model, dtype, fast, masks, config.max_length if fast else 0, plain=plain)
 
     def compile(self) -> str:
-        """Compile the decoder's blocks and return ''; where that cannot be done, return why and leave them."""
+        """Compile attention and the decoder's blocks, return ''; where that cannot be done, return why and leave them."""
         if not self.fast:
             return "only blocks of the fast path are compiled"
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        if on_cpu and not shutil.which(compiler := os.environ.get("CXX", DEFAULT_COMPILER)):
-            return (
-                f"there is no C++ compiler {compiler} (set CXX, or on Debian, Ubuntu: apt-get install g++ python3-dev)"
-            )
-        if on_cpu and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-            return "Python's headers are not here (Debian, Ubuntu: apt-get install python3-dev)"
+        device = next(self.model.parameters()).device
+        if why_not := _no_compiler(device):
+            return why_not
+        if device.type == "cpu" and sys.platform == "linux":
+            if why_not := load_attention(_cpp_compiler()):
+                return why_not
+            self.native = True
         from torch._functorch import config as partitioner
 
         partitioner.activation_memory_budget = MEMORY_BUDGET
@@ -141,7 +165,8 @@ class Scorer:
             if not self.fast:
                 logits = self.model(**given, logits_to_keep=batch.scored).logits[0]
                 return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            given |= {"documents": batch.documents, "room": weights_kept(batch.documents), "scored": batch.scored}
+            given |= {"documents": batch.documents, "room": weights_kept(batch.documents), "native": self.native}
+            given["scored"] = batch.scored
             hidden = base.get_decoder()(**given).last_hidden_state[0]
             if len(hidden) != len(batch.scored):  # where the last block computes all, and not all is scored
                 hidden = hidden[batch.scored]
