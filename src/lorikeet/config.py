@@ -117,7 +117,7 @@ class TuneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the decoder's blocks: half a minute at the start, then about a tenth faster; auto does so for long runs."""
+    """Compile the decoder's blocks: half a minute at the start, then about a fifth faster; auto does so for long runs."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW, or with its moments in 8 bits (bitsandbytes)."""
     load_in_4bit: bool = False

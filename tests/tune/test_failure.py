@@ -336,9 +336,9 @@ def test_the_report_is_about_the_settings_and_cut_validation_is_counted(
 def test_a_run_that_can_no_longer_be_compiled_says_so(
     part: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part.update(compiled=True)
+    part.update(compiled=True, native=True)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     loop.resume(part.root)
     errors = capsys.readouterr().err
-    assert "not compiled as they were before: there is no C++ compiler /nowhere/c++" in errors
+    assert "what was compiled before is not: there is no C++ compiler /nowhere/c++" in errors
     assert "not bit for bit" in errors

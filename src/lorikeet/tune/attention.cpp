@@ -3,10 +3,15 @@
 // attention.py says what is computed and cuts the row into blocks; here every thread takes its own blocks, one after the
 // other. A product of a short document is too small to be shared by threads, and two side by side are not.
 
+#if defined(__clang__) || !defined(_OPENMP)
+#error "only GCC's OpenMP is the one that torch has: with another, each has threads of its own"
+#endif
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,11 +27,13 @@ struct Block {
   int64_t head_start, head_stop;  // keys of the start that all documents share
   int64_t own_start, own_stop;    // the document's own keys
   int64_t first, last;            // queries
-  int64_t place;                  // where its weights are among those of a head that are kept, -1 if they are not
+  int64_t place;                  // weights of a head that are kept before its own, -1 if they are not kept
   int64_t low, high;              // key heads
   int64_t queries() const { return last - first; }
   int64_t head() const { return head_stop - head_start; }
   int64_t keys() const { return head() + own_stop - own_start; }
+  // How many keys the query of a row sees, if no window hides the first of them; heads lie one below the other.
+  int64_t stop(int64_t row) const { return keys() - queries() + row % queries() + 1; }
 };
 
 inline float load(const float* from) { return *from; }
@@ -46,7 +53,7 @@ inline void store(at::BFloat16* to, float value) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// e^x for x <= 0: 2^n * 2^f, the second by its series to the sixth power, as exact as float32 is.
+// e^x for x <= 0: 2^n * 2^f, the second by its series to the sixth power. Relative error: 2e-7 near 0, 4e-6 at -80.
 inline float exponential(float x) {
   const float scaled = std::max(x * 1.44269504f, -126.0f);
   const float whole = std::nearbyint(scaled);
@@ -58,17 +65,11 @@ inline float exponential(float x) {
   return part * power;
 }
 
-// The keys that the query at `row` of a block sees.
-inline std::pair<int64_t, int64_t> seen(const Block& block, int64_t row, int64_t window) {
-  const int64_t stop = block.keys() - block.queries() + row % block.queries() + 1;
-  return {window ? std::max<int64_t>(0, stop - window) : 0, stop};
-}
-
 template <typename T>
 void softmax(T* scores, int64_t rows, const Block& block, float scale, int64_t window, float* held) {
   const int64_t keys = block.keys();
   for (int64_t row = 0; row < rows; ++row, scores += keys) {
-    const auto [start, stop] = seen(block, row, window);
+    const int64_t stop = block.stop(row), start = window ? std::max<int64_t>(0, stop - window) : 0;
     float highest = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : highest)
     for (int64_t key = start; key < stop; ++key) {
@@ -93,7 +94,7 @@ template <typename T>
 void softmax_backward(T* grad, const T* weights, int64_t rows, const Block& block, float scale, int64_t window) {
   const int64_t keys = block.keys();
   for (int64_t row = 0; row < rows; ++row, grad += keys, weights += keys) {
-    const auto [start, stop] = seen(block, row, window);
+    const int64_t stop = block.stop(row), start = window ? std::max<int64_t>(0, stop - window) : 0;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t key = start; key < stop; ++key) {

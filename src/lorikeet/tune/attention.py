@@ -34,6 +34,9 @@ KEPT = 512
 OVERHEAD = 3000
 """What a block costs besides, in pairs of a query and a key: it takes 0.2 ms of a thread, and 17,000 pairs of nine heads 1."""
 
+STARTS = 4
+"""The gradients of the shared start that threads hold may take so many times the keys and values of the row."""
+
 BUSY, LEAST_BUSY = 1.1, 1.6
 """The busiest thread may have so many times its share. Products that threads share reach about 60 % of the speed."""
 
@@ -157,9 +160,12 @@ def _scheduled(documents: torch.Tensor, window: int, key: torch.Tensor) -> torch
 def _schedule(bounds: tuple[int, ...], window: int, key_heads: int, threads: int) -> torch.Tensor | None:
     """Return which thread computes which blocks, the rows of `Block` in attention.cpp, int64; None where too few have work.
 
-    A document is computed by one thread, since its blocks add to the same keys: for all heads at once if that keeps the
-    threads busy, else for one key head after the other.
+    A document's key head is computed by one thread, since its blocks add to the same keys: all heads of a document at once
+    if that keeps the threads busy, else each for itself. Of a shared start each thread holds the gradient, so a long one is
+    not for many threads.
     """
+    if threads * bounds[0] > STARTS * bounds[-1]:
+        return None
     blocks, place = [], 0
     for block in _blocks(torch.tensor(bounds), window):
         queries, keys = block.shape

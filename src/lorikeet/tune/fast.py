@@ -133,17 +133,20 @@ class Scorer:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
         return cls(model, dtype, fast, masks, config.max_length if fast else 0, plain=plain)
 
-    def compile(self) -> str:
-        """Compile attention and the decoder's blocks, return ''; where that cannot be done, return why and leave them."""
+    def compile(self, *, native: bool = True) -> str:
+        """Compile the decoder's blocks and, if `native`, attention; return ''.
+
+        Where blocks cannot be compiled, return why and leave all; where attention cannot, `plain` gets why.
+        """
         if not self.fast:
             return "only blocks of the fast path are compiled"
         device = next(self.model.parameters()).device
         if why_not := _no_compiler(device):
             return why_not
-        if device.type == "cpu" and sys.platform == "linux":
-            if why_not := load_attention(_cpp_compiler()):
-                return why_not
-            self.native = True
+        if native and device.type == "cpu" and sys.platform == "linux":
+            why_not = load_attention(_cpp_compiler())
+            self.native = not why_not
+            self.plain += [f"attention: {why_not}"] if why_not else []
         from torch._functorch import config as partitioner
 
         partitioner.activation_memory_budget = MEMORY_BUDGET

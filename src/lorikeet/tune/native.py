@@ -3,12 +3,13 @@
     if why_not := load_attention("g++"): ...      # torch.ops.lorikeet_cpu.document_attention is there, or here is why not
 
 It is built by the compiler that torch.compile uses, for the vectors that this processor has, against the torch that is here.
-On Linux only: elsewhere torch's threads are not the compiler's own OpenMP.
+On Linux, and by GCC only: the OpenMP of others is not the one that torch's threads are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -29,9 +30,6 @@ VECTORS = {
 }
 """What a compiler is told of a processor that torch names so; of others nothing."""
 
-LONGEST_S = 300
-"""Building takes 10 seconds; a compiler that takes so long hangs."""
-
 
 def is_loaded() -> bool:
     """Return whether torch has the operators already."""
@@ -43,32 +41,43 @@ def load_attention(compiler: str) -> str:
     if is_loaded():
         return ""
     try:
-        torch.ops.load_library(_built(compiler))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        library = _library(compiler)
+        for attempt in (1, 2):
+            if not library.is_file():
+                _build(library, compiler)
+            try:
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                break
+            except OSError:
+                library.unlink()  # a damaged one is not kept
+                if attempt == 2:
+                    raise
     except subprocess.CalledProcessError as error:
-        return next((line for line in error.stderr.splitlines() if "error" in line), f"{compiler} failed")
-    except (OSError, subprocess.TimeoutExpired, InputError, MachineError) as error:
-        return " ".join(str(error).split())
+        lines: list[str] = [line for line in error.stderr.splitlines() if line.strip()] or [f"{compiler} failed"]
+        return next((line for line in lines if "error: " in line), lines[-1])
+    except (OSError, InputError, MachineError) as error:
+        return " ".join(str(error.__cause__ or error).split())
     return ""
 
 
-def _built(compiler: str) -> Path:
-    """Return the library, building it if none is in the cache that was made of the same."""
+def _library(compiler: str) -> Path:
+    """Return where the library is kept: of another source, torch, processor or compiler, it has another name."""
+    made_of = (*_command(compiler), torch.__version__, sysconfig.get_platform(), SOURCE.read_text(encoding="utf-8"))
+    return cache_folder() / "native" / f"attention-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+
+
+def _command(compiler: str) -> list[str]:
+    """Return what builds the library, but for its name."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    command = [
-        compiler,
-        *FLAGS,
-        *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()),
-        *(f"-I{path}" for path in include_paths()),
-        *(f"-L{path}" for path in library_paths()),
-        str(SOURCE),
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    made_of = (*command, torch.__version__, sysconfig.get_platform(), SOURCE.read_text(encoding="utf-8"))
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
-    library = cache_folder() / "native" / f"attention-{digest[:16]}.so"
-    if not library.is_file():
-        with atomic_file(library) as target:
-            subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True, timeout=LONGEST_S)
-    return library
+    folders = [*(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths())]
+    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return [compiler, *FLAGS, *vectors, *folders, str(SOURCE), "-ltorch_cpu", "-lc10"]
+
+
+def _build(library: Path, compiler: str) -> None:
+    """Write the library. Raises CalledProcessError, with what the compiler said in English, where it fails."""
+    with atomic_file(library) as target:
+        command = [*_command(compiler), "-o", str(target)]
+        english = {**os.environ, "LC_ALL": "C"}
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", env=english)
