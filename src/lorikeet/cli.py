@@ -28,7 +28,7 @@ from lorikeet.config import (
     TuneConfig,
     VerifyConfig,
 )
-from lorikeet.errors import InputError, LorikeetError, is_out_of_memory
+from lorikeet.errors import InputError, LorikeetError, is_out_of_memory, printable
 from lorikeet.files import NO_SUCH_PLACE
 
 app = App(
@@ -537,7 +537,8 @@ def _verdict_line(proof: dict[str, Any]) -> str:
 
 
 def _fail(*parts: str, code: int) -> int:
-    print("lorikeet: " + "; ".join(part.strip().rstrip(".") for part in parts if part.strip()), file=sys.stderr)
+    line = "; ".join(part.strip().rstrip(".") for part in parts if part.strip())
+    print(f"lorikeet: {printable(line)}", file=sys.stderr)
     return code
 
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 NO_MEMORY = (
     "DefaultCPUAllocator",
@@ -26,6 +27,15 @@ NO_MEMORY = (
     "Unable to create type object",
 )
 """What torch, C++, the loader of libraries, Python's threads and pybind say when memory runs out: they have no exception for it."""
+
+
+COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that command a terminal, or turn the order of what follows: data and file names may hold any."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with every character that commands a terminal as its code; line breaks and tabs stay."""
+    return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

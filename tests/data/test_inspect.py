@@ -125,6 +125,21 @@ def test_what_the_data_holds_is_never_markup(tmp_path: Path, tiny_model: Path) -
     assert "<script" not in page and "&lt;script&gt;" in page and "<mark>" in page
 
 
+def test_what_the_data_holds_commands_no_terminal(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b[2J\x1b]0;title\x07 \u202e\x9b31m"
+    good = write_jsonl(tmp_path / "good.jsonl", [talk(hostile, f"{hostile}\nline\ttab")])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps({hostile: 1}))
+    for path in (good, broken):
+        assert run(["inspect", str(path), "--model", str(tiny_model), "--out", str(tmp_path / "page.html")]) == 0
+        assert run(["tune", "--data", str(path), "--model", str(tiny_model), "--out", str(tmp_path / "run")]) == 2
+        shown = "".join(capsys.readouterr())
+        assert "\\x1b[2J" in shown
+        assert not [character for character in "\x1b\x07\x9b\u202e" if character in shown]
+
+
 def test_json_is_one_document_and_the_terminal_shows_the_same(
     planted: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

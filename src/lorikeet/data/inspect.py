@@ -26,7 +26,7 @@ from lorikeet.data.clean import Split, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all, shared_start
 from lorikeet.data.load import Loaded, load_conversations
 from lorikeet.data.near import THRESHOLD, NearIndex
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, printable
 from lorikeet.files import write_atomic
 from lorikeet.grounding import is_grounded
 from lorikeet.messages import Conversation
@@ -353,5 +353,5 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         )
         shown = Text()
         for run in sample["runs"]:
-            shown.append(run["text"], style="black on green" if run["supervised"] else "dim")
+            shown.append(printable(run["text"]), style="black on green" if run["supervised"] else "dim")
         console.print(shown)

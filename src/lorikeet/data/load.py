@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from lorikeet.config import PACKAGED_DATA, SYSTEM_PROMPT
 from lorikeet.data.clean import LEAST_CONVERSATIONS
-from lorikeet.errors import InputError, MissingExtraError
+from lorikeet.errors import InputError, MissingExtraError, printable
 from lorikeet.grounding import ground_conversation
 from lorikeet.messages import Conversation, Message, Role, Source
 from lorikeet.weights import DATA_PATTERNS, resolve_data
@@ -382,7 +382,7 @@ def _sources(sources: Any, number: int) -> tuple[Source, ...]:
 
 def _one_line(text: str) -> str:
     """Return `text` as one line that can be printed and written anywhere, not longer than a person reads."""
-    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    line = printable(" ".join(text.encode("utf-8", "replace").decode().split()))
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
