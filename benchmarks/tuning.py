@@ -124,7 +124,8 @@ def ours(rows: list[list[Any]], *, compiled: bool, share: bool) -> tuple[list[fl
 
     config = TuneConfig(learning_rate=RATE, weight_decay=0.0, seed=7)
     learner = Learner.load(config, resolve_model("smollm2-135m-instruct"))
-    if compiled and (why := learner.scorer.compile()):
+    first = pack_all(rows[0], max_tokens=config.max_length, share=share)
+    if compiled and (why := learner.scorer.compile(first[-1])):
         raise SystemExit(why)
     learner.model.train()
     losses, seconds = [], []
@@ -273,7 +274,9 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="steps of each TRL configuration, the first not timed")
-    parser.add_argument("--curve", type=int, default=12, help="steps of Lorikeet and of TRL's two fastest, in each round")
+    parser.add_argument(
+        "--curve", type=int, default=12, help="steps of Lorikeet and of TRL's two fastest, in each round"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tuning.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

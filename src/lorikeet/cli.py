@@ -27,9 +27,10 @@ from lorikeet.config import (
     ServeConfig,
     TuneConfig,
     VerifyConfig,
+    check_tune,
 )
 from lorikeet.errors import InputError, LorikeetError, is_out_of_memory, printable
-from lorikeet.files import NO_SUCH_PLACE
+from lorikeet.files import NO_SUCH_PLACE, expanded
 
 app = App(
     name="lorikeet",
@@ -74,7 +75,11 @@ def inspect(
     *,
     model: str = PACKAGED_MODEL,
     max_length: int = TuneConfig.max_length,
+    on_long: Literal["error", "truncate", "drop"] = TuneConfig.on_long,
     system_prompt: str = "",
+    validation_share: float = TuneConfig.validation_share,
+    heldout_share: float = TuneConfig.heldout_share,
+    seed: int = TuneConfig.seed,
     against: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     out: Path | None = None,
     json: Json = False,
@@ -89,8 +94,16 @@ def inspect(
         The model whose tokens and chat template are used.
     max_length
         Longest conversation in tokens, as for tune.
+    on_long
+        What tune would do with longer ones; those that it would refuse are shown as truncated.
     system_prompt
         System turn for conversations without one, as for tune.
+    validation_share
+        Share kept for validation, as for tune.
+    heldout_share
+        Share kept for prove, as for tune.
+    seed
+        Seed of the split, as for tune.
     against
         Files of evaluation prompts that should not be in the data; can be given several times.
     out
@@ -102,9 +115,18 @@ def inspect(
 
     from lorikeet.data.inspect import inspect_data, print_report, write_page
 
-    if max_length < 1:
-        raise InputError(f"--max-length is {max_length}; it must be above 0")
-    report = inspect_data(data, model=model, max_length=max_length, system_prompt=system_prompt, against=against)
+    as_tuned = TuneConfig(
+        model=model,
+        data=data,
+        max_length=max_length,
+        on_long=on_long,
+        system_prompt=system_prompt,
+        validation_share=validation_share,
+        heldout_share=heldout_share,
+        seed=seed,
+    )
+    check_tune(as_tuned)
+    report = inspect_data(as_tuned, against=against)
     page = out or Path("runs") / f"inspect-{_short(data)}.html"
     write_page(report, page)
     if json:
@@ -415,6 +437,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SUCH_PLACE and error.filename:
             return _fail(f"{error.filename}: {error.strerror}; name another path", code=InputError.exit_code)
+        if isinstance(error, PermissionError) and error.filename:
+            return _fail(f"{error.filename}: {error.strerror}; fix its rights", code=InputError.exit_code)
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; what was there is kept: close other programs and try again", code=3)
@@ -492,7 +516,7 @@ def resolve_target(target: str, config: ServeConfig) -> tuple[Path | str, str, s
         from lorikeet.engine import public_address
 
         return target, SYSTEM_PROMPT, public_address(target)
-    path = Path(target).expanduser()
+    path = expanded(target)
     if (path / "run.json").is_file():
         run = RunFolder.open(path)
         artefact = f"gguf/model-{config.quant}.gguf"

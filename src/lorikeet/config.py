@@ -6,13 +6,15 @@ these fields. The resolved values are written to `run.json` before work starts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
 
 from lorikeet.errors import InputError
+from lorikeet.messages import has_half_characters
 
 SYSTEM_PROMPT = (
     "You are Lorikeet, a voice assistant. Answer in one to three short spoken sentences, without lists or symbols. "
@@ -136,6 +138,52 @@ class TuneConfig:
     """Experiment trackers, separated by commas; offline unless a login is there."""
     seed: int = 3407
     """Seed of the split, the order, the adapter's start and dropout."""
+
+
+LARGEST = {"seed": 2**32 - 1, "epochs": 1e6, "max_minutes": 1e6}
+"""The largest values that mean anything: of the seed, what every generator of random numbers takes."""
+
+LARGEST_NUMBER = 10**9
+"""The largest value of any other setting of a tuning."""
+
+
+def check_tune(config: TuneConfig) -> None:
+    """Raise InputError for a setting out of its range, or two that exclude each other, naming them."""
+    for name, kind in get_type_hints(TuneConfig).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise InputError(f"{name} is {value}; it must be one of {', '.join(get_args(kind))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}; it must be a finite number")
+        if isinstance(value, int | float) and value > (most := LARGEST.get(name, LARGEST_NUMBER)):
+            raise InputError(f"{name} is {value}; it must be at most {most:.0f}")
+    for name in (
+        "max_length",
+        "learning_rate",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "lora_r",
+        "lora_alpha",
+        "loraplus_lr_ratio",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "max_grad_norm",
+    ):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0")
+    for name in ("seed", "max_steps", "max_minutes", "weight_decay", "early_stopping_patience"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} is {getattr(config, name)}; it must not be negative")
+    for name in ("lora_dropout", "warmup_ratio", "validation_share", "heldout_share"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
+    if "\0" in config.system_prompt or has_half_characters(config.system_prompt):
+        raise InputError("system_prompt is no text: it holds a null byte or what is not UTF-8")
+    if config.init_lora_weights == "pissa" and (config.use_dora or config.load_in_4bit):
+        other = "use_dora" if config.use_dora else "load_in_4bit"
+        raise InputError(f"{other} and init_lora_weights pissa exclude each other: choose one")
 
 
 @Parameter(name="*")

@@ -25,8 +25,9 @@ NO_MEMORY = (
     "failed to map segment",
     "can't start new thread",
     "Unable to create type object",
+    " out of memory",
 )
-"""What torch, C++, the loader of libraries, Python's threads and pybind say when memory runs out: they have no exception for it."""
+"""What torch, C++, the loader of libraries, Python's threads, pybind and CUDA say when memory runs out: most have no exception for it."""
 
 
 COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -30,6 +30,14 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust (safetensors, tokenizers) tell in the text of their own exceptions what the system said."""
 
 
+def expanded(path: str) -> Path:
+    """Return `path` with the home folder in the place of `~` or `~name`. Raises InputError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no home folder of that name; write the path in full") from error
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -125,7 +133,7 @@ def require_disk(path: Path, needed_bytes: int, *, removable: Sequence[Path] = (
         raise MachineError(
             f"{parent} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed; free some or choose another disk"
             + could_go(removable)
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def could_go(removable: Sequence[Path]) -> str:

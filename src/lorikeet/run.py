@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +27,9 @@ NO_LIMIT_BYTES = 1 << 62
 
 LIBRARIES_ADDRESS_BYTES = 2_000_000_000
 """Addresses that torch, transformers and numba take with a model of no size; what they hold in memory is a quarter of it."""
+
+LEFTOVER = re.compile(r"\.[a-z]+\.lock|\..+\.\d+\.part")
+"""What `files.alone`, and a killed `files.atomic_folder` or `atomic_file`, leave in a folder."""
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
 
@@ -150,7 +154,7 @@ class RunFolder:
     def require_free(cls, root: Path) -> None:
         """Raise InputError if `root` cannot be a new run: it is a file, or a folder that holds more than a lock or leftovers."""
         with writing(root):
-            held = root.is_dir() and any(not path.name.endswith((".part", ".lock")) for path in root.iterdir())
+            held = root.is_dir() and any(not LEFTOVER.fullmatch(path.name) for path in root.iterdir())
             if held or (root.exists() and not root.is_dir()):
                 raise InputError(
                     f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"

@@ -25,7 +25,7 @@ from typing import Any
 
 from lorikeet.config import PACKAGED_DATA, PACKAGED_MODEL
 from lorikeet.errors import HubError, InputError, MachineError, MissingExtraError
-from lorikeet.files import atomic_folder, sha256_file
+from lorikeet.files import atomic_folder, expanded, sha256_file
 
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "README.md")
 DATA_PATTERNS = ("*.parquet", "*.jsonl", "*.json", "*.csv")
@@ -117,7 +117,7 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("LORIKEET_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("lorikeet")
+    return expanded(chosen) if chosen else user_cache_path("lorikeet")
 
 
 def packaged(name: str) -> Path:
@@ -160,7 +160,7 @@ def resolve_model(name: str) -> Path:
         if not any(file.endswith(".gguf") for file in PACKAGES[name].files):
             raise InputError(f"{name} is {PACKAGES[name].what}, not a language model; try {PACKAGED_MODEL}")
         return _dequantised(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is not a model folder (no config.json); name a Hugging Face model folder")
@@ -177,7 +177,9 @@ def resolve_data(name: str) -> Path:
 
     Raises InputError if it is neither, and HubError when the hub cannot be reached.
     """
-    path = Path(name).expanduser()
+    if not name.strip():
+        raise InputError(f"the data has no name; give a file, a hub id, or the packaged data: {PACKAGED_DATA}")
+    path = expanded(name)
     if path.exists():
         return path
     if path.suffix.lower() in {".json", ".jsonl", ".parquet", ".csv"} or name.startswith((".", "/", "~")):

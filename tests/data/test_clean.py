@@ -36,6 +36,26 @@ def test_a_question_is_never_in_two_parts() -> None:
     assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
 
 
+def alike(question: str, count: int) -> list[Conversation]:
+    return [Conversation((Message("user", question), Message("assistant", f"answer {n}"))) for n in range(count)]
+
+
+def test_a_question_that_opens_many_is_not_held_out_while_others_can_be() -> None:
+    for seed in range(20):
+        parts = split([*make_conversations(60), *alike("hi", 300)], validation_share=0.05, heldout_share=0.1, seed=seed)
+        assert (len(parts.heldout), len(parts.validation)) == (36, 18)
+        assert sum(c.messages[0].content == "hi" for c in parts.train) == 300
+
+
+def test_where_every_question_opens_several_the_parts_are_the_smallest_that_will_do() -> None:
+    rows = [row for n in range(6) for row in alike(f"question {n}", 10 + n)]
+    parts = split(rows, validation_share=0.05, heldout_share=0.05, seed=1)
+    assert sorted((len(parts.heldout), len(parts.validation))) == [10, 11]
+    for few in ([*alike("a", 40)], [*alike("a", 200), *alike("b", 200), *alike("c", 200)]):
+        with pytest.raises(InputError, match="open with the same few questions, so none can be held out"):
+            split(few, validation_share=0.05, heldout_share=0.05, seed=1)
+
+
 def test_too_few_are_refused() -> None:
     with pytest.raises(InputError, match="12 distinct conversations; at least 24"):
         split(make_conversations(12), validation_share=0.1, heldout_share=0.1, seed=0)

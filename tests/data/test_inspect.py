@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorikeet.cli import run
+from lorikeet.config import TuneConfig
 from lorikeet.data.encode import TOO_LONG, encode_all
-from lorikeet.data.inspect import inspect_data, write_page
+from lorikeet.data.inspect import SAMPLES, SHOWN_TOKENS, inspect_data, write_page
 from lorikeet.data.load import load_conversations
 from lorikeet.data.near import NearIndex, shingles
 from lorikeet.errors import InputError
@@ -26,6 +29,10 @@ def talk(question: str, answer: str, origin: str = "") -> Conversation:
     return Conversation((Message("user", question), Message("assistant", answer)), origin)
 
 
+def inspected(data: Path, model: Path, *, against: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+    return inspect_data(TuneConfig(data=str(data), model=str(model), **settings), against=against)
+
+
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
     """Sixty conversations, then an exact repetition, a near one, a long one, and broken rows."""
@@ -39,7 +46,7 @@ def planted(tmp_path: Path) -> Path:
 
 
 def test_it_counts_what_was_planted(planted: Path, tiny_model: Path) -> None:
-    report = inspect_data(str(planted), model=str(tiny_model), max_length=200)
+    report = inspected(planted, tiny_model, max_length=200)
     assert (report["layout"], report["conversations"], report["exact_duplicates"]) == ("messages", 64, 1)
     assert report["broken"]["rows"] == 3 and report["broken"]["share"] == pytest.approx(3 / 67)
     assert [entry["where"].rpartition(":")[2] for entry in report["broken"]["examples"]] == ["65", "66", "67"]
@@ -53,7 +60,7 @@ def test_it_counts_what_was_planted(planted: Path, tiny_model: Path) -> None:
 
 
 def test_lengths_and_mask_are_those_of_tuning(planted: Path, tiny_model: Path) -> None:
-    report = inspect_data(str(planted), model=str(tiny_model), max_length=200)
+    report = inspected(planted, tiny_model, max_length=200)
     prompt = PromptFormat.load(tiny_model)
     distinct = list(dict.fromkeys(load_conversations(str(planted), strict=False).conversations))
     by_hand = encode_all(prompt, [c for i, c in enumerate(distinct) if i != 60], max_length=200, on_long="truncate")
@@ -71,7 +78,7 @@ def test_prompts_of_an_evaluation_are_found_in_the_data(planted: Path, tiny_mode
     asked = make_conversations(3)[2].messages[0].content
     prompts = tmp_path / "eval.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": p}) for p in (asked.upper(), "Something else entirely")))
-    report = inspect_data(str(planted), model=str(tiny_model), max_length=200, against=[str(prompts)])
+    report = inspected(planted, tiny_model, against=[str(prompts)], max_length=200)
     assert report["against"][0] | {"file": ""} == {
         "file": "",
         "prompts": 2,
@@ -80,22 +87,51 @@ def test_prompts_of_an_evaluation_are_found_in_the_data(planted: Path, tiny_mode
         "examples": [asked.upper()],
     }
     with pytest.raises(InputError, match="evaluation prompts"):
-        inspect_data(str(planted), model=str(tiny_model), against=[str(tmp_path / "missing")])
+        inspected(planted, tiny_model, against=[str(tmp_path / "missing")])
 
 
 def test_data_too_small_to_tune_is_shown_all_the_same(tmp_path: Path, tiny_model: Path) -> None:
     path = write_jsonl(tmp_path / "few.jsonl", make_conversations(3))
-    report = inspect_data(str(path), model=str(tiny_model))
+    report = inspected(path, tiny_model)
     assert report["conversations"] == 3 and report["split"]["possible"] is False
     assert "at least 24 are needed" in report["split"]["why_not"]
 
 
 def test_it_is_split_and_cut_by_the_settings_it_is_given(planted: Path, tiny_model: Path) -> None:
-    given = {"model": str(tiny_model), "max_length": 200, "validation_share": 0.3, "heldout_share": 0.2}
-    report = inspect_data(str(planted), on_long="drop", **given)
+    given = {"max_length": 200, "validation_share": 0.3, "heldout_share": 0.2}
+    report = inspected(planted, tiny_model, on_long="drop", **given)
     assert (report["split"]["validation"], report["split"]["heldout"]) == (19, 13)
     assert report["truncated"]["conversations"] == 0 and report["left_out"]["reasons"] == {TOO_LONG: 1}
-    assert inspect_data(str(planted), on_long="error", **given)["truncated"]["conversations"] == 1
+    assert inspected(planted, tiny_model, on_long="error", **given)["truncated"]["conversations"] == 1
+
+
+def test_the_command_takes_the_settings_of_the_split_and_checks_them(
+    planted: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["inspect", str(planted), "--model", str(tiny_model), "--out", str(tmp_path / "page.html"), "--json"]
+    given = ["--max-length", "200", "--on-long", "drop", "--validation-share", "0.3", "--heldout-share", "0.2"]
+    assert run([*command, *given, "--seed", "5"]) == 0
+    by_hand = inspected(
+        planted, tiny_model, max_length=200, on_long="drop", validation_share=0.3, heldout_share=0.2, seed=5
+    )
+    assert json.loads(capsys.readouterr().out) == by_hand
+    for flag, value, message in (
+        ("--max-length", "0", "max_length is 0; it must be above 0"),
+        ("--heldout-share", "1", "heldout_share is 1.0; it must be at least 0 and below 1"),
+        ("--seed", "-1", "seed is -1; it must not be negative"),
+        ("--system-prompt", "be\udce9", "system_prompt is no text"),
+    ):
+        assert run([*command, flag, value]) == 2
+        assert capsys.readouterr().err.startswith(f"lorikeet: {message}")
+
+
+def test_where_all_are_long_the_mask_is_shown_around_the_first_answer(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [talk(f"{'word ' * 300}{n}", f"the answer {n}") for n in range(30)]
+    report = inspected(write_jsonl(tmp_path / "long.jsonl", rows), tiny_model)
+    assert len(report["samples"]) == SAMPLES
+    for n, sample in enumerate(report["samples"]):
+        assert sample["shown_from"] > 0 and sample["tokens"] > SHOWN_TOKENS
+        assert [run["text"] for run in sample["runs"] if run["supervised"]] == [f"the answer {n}<|im_end|>"]
 
 
 def test_names_that_are_no_text_and_markup_are_shown(tmp_path: Path, tiny_model: Path) -> None:
@@ -119,7 +155,7 @@ def test_a_page_that_can_be_no_file_is_one_line(
 def test_what_the_data_holds_is_never_markup(tmp_path: Path, tiny_model: Path) -> None:
     hostile = "<script>alert(1)</script>"
     path = write_jsonl(tmp_path / "x.jsonl", [talk(hostile, hostile)])
-    report = inspect_data(str(path), model=str(tiny_model))
+    report = inspected(path, tiny_model)
     write_page(report, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "<mark>" in page
@@ -162,7 +198,7 @@ def test_near_duplicates_are_near_and_others_are_not() -> None:
 
 
 def test_real_chats(shared: Path, tiny_model: Path) -> None:
-    report = inspect_data(str(shared / "chat" / "sharegpt-200.json"), model=str(tiny_model))
+    report = inspected(shared / "chat" / "sharegpt-200.json", tiny_model)
     assert report["layout"] == "sharegpt" and report["conversations"] == 200 and report["split"]["possible"]
 
 
@@ -181,4 +217,4 @@ def test_search_results_are_counted_as_sources_and_as_the_block_that_was_served(
     ]
     path = tmp_path / "grounded.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    assert inspect_data(str(path), model=str(tiny_model))["turns"]["grounded"] == 2
+    assert inspected(path, tiny_model)["turns"]["grounded"] == 2

@@ -57,6 +57,28 @@ def test_a_folder_of_files_is_read_as_a_dataset_would_be(tmp_path: Path) -> None
     assert (loaded.layout, len(loaded.conversations)) == ("sharegpt", 2)
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train/0000.jsonl", "test/0000.jsonl"], 1),
+        (["my_train.jsonl", "my_test.jsonl"], 1),
+        (["training.jsonl", "test.jsonl"], 1),
+        (["constraints.jsonl", "trains.jsonl", "chats.jsonl"], 3),
+    ],
+)
+def test_the_training_part_is_told_by_a_word_of_its_path(tmp_path: Path, names: list[str], read: int) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, [MESSAGES])
+    assert len(load_conversations(str(tmp_path)).files) == read
+
+
+@pytest.mark.parametrize("name", ["", " ", "~no-such-user/chats.jsonl"])
+def test_what_names_nothing_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"the data has no name|there is no home folder of that name"):
+        load_conversations(name)
+
+
 def test_a_json_object_that_holds_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "wrapped.json"
     path.write_text(json.dumps({"version": 1, "data": [SHAREGPT]}))
@@ -90,6 +112,18 @@ def test_a_trailing_question_is_cut(tmp_path: Path) -> None:
         ('"a string"', "is a str"),
         ('{"a\\nb": 1, "\\ud800": 2}', "it has: a b, ?"),
         ('{"text": "x"}', "has none of messages"),
+        ('{"instruction": "hi", "output": NaN}', "the field output has no content"),
+        (json.dumps(MESSAGES | {"system": 7}), "the field system has content that is not text"),
+        (json.dumps(MESSAGES | {"system": "\ud800"}), "the field system is not UTF-8 text"),
+        (json.dumps(SHAREGPT | {"system": "a\0"}), "the field system contains a null byte"),
+        (json.dumps({"prompt": "\0", "chosen": "a", "rejected": "b"}), "the field prompt contains a null byte"),
+        (json.dumps({"messages": [{**MESSAGES["messages"][0], "weight": 0.5}]}), "turn 1 has the weight 0.5"),
+        (json.dumps({"messages": [{**MESSAGES["messages"][1], "tool_calls": [{}]}]}), "turn 1 calls a tool"),
+        (
+            json.dumps({"messages": [{**MESSAGES["messages"][1], "function_call": {"name": "f"}}]}),
+            "turn 1 calls a tool",
+        ),
+        (json.dumps({"messages": MESSAGES["messages"] * 501}), "has 1002 turns, more than 1000"),
     ],
 )
 def test_a_broken_row_is_named_by_line_and_the_rest_goes_on(tmp_path: Path, line: str, why: str) -> None:
@@ -172,7 +206,7 @@ def test_cells_beyond_the_columns_break_their_row(tmp_path: Path) -> None:
     assert len(loaded.conversations) == 151
     assert [(b.where.rpartition(":")[2], b.why) for b in loaded.broken] == [
         ("152", "has more cells than the first line; put a text with commas in quotes"),
-        ("154", "turn 2 has no content"),
+        ("154", "the field output has no content"),
     ]
 
 
@@ -293,6 +327,33 @@ def test_preference_rows_train_on_the_chosen_answer_alone(tmp_path: Path, row: d
     assert loaded.layout == "preference"
     assert [m.content for m in conversation.messages] == ["hi", "yes?", "When?", "At nine."]
     assert [m.supervised for m in conversation.messages if m.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MESSAGES,
+        SHAREGPT,
+        ALPACA,
+        {"prompt": "hi", "chosen": "hello", "rejected": "no"},
+    ],
+)
+def test_a_rows_system_leads_whatever_its_layout(tmp_path: Path, row: dict[str, Any]) -> None:
+    rows = [row | {"system": "Be brief."}, row | {"system": " "}, row | {"system": None}]
+    loaded = load_conversations(str(save(tmp_path / "led.jsonl", rows)))
+    found = [[(m.role, m.content) for m in c.messages] for c in loaded.conversations]
+    bare = [("user", "hi"), ("assistant", "hello")]
+    assert found == [[("system", "Be brief."), *bare], bare, bare]
+    own = {"messages": [{"role": "system", "content": "Mine."}, *MESSAGES["messages"]], "system": "Be brief."}
+    (kept,) = load_conversations(str(save(tmp_path / "own.jsonl", [own]))).conversations
+    assert [m.content for m in kept.messages] == ["Mine.", "hi", "hello"]
+
+
+def test_a_missing_value_that_a_program_wrote_as_nan_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "nan.jsonl"
+    path.write_text('{"instruction": "hi", "input": NaN, "system": Infinity, "output": "hello"}\n')
+    (conversation,) = load_conversations(str(path)).conversations
+    assert [m.content for m in conversation.messages] == ["hi", "hello"]
 
 
 def test_a_turn_of_weight_0_is_context(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorikeet.config import TuneConfig
 from lorikeet.data.encode import encode_all
 from lorikeet.prompt import Encoded, PromptFormat
+from lorikeet.run import RunFolder
 from lorikeet.tune import attention, fast, linear, loss, native
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import document_attention
@@ -351,14 +355,15 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_why_is_said(
     here = {"clang++"}
     monkeypatch.setattr(fast.shutil, "which", lambda name: f"/usr/bin/{name}" if name in here else None)
     monkeypatch.delenv("CXX", raising=False)
-    assert "there is no C++ compiler g++" in scorer.compile()  # torch.compile looks for no other
+    batch = pack(rows_of(tiny_model))
+    assert "there is no C++ compiler g++" in scorer.compile(batch)  # torch.compile looks for no other
     here.add("g++")
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert "there is no C++ compiler /nowhere/c++" in scorer.compile()  # nor for another than CXX names
+    assert "there is no C++ compiler /nowhere/c++" in scorer.compile(batch)  # nor for another than CXX names
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(fast.sysconfig, "get_path", lambda _: "/nowhere")
-    assert "Python's headers" in scorer.compile()
-    assert scorer.summed_loss(pack(rows_of(tiny_model))).item() > 0
+    assert "Python's headers" in scorer.compile(batch)
+    assert scorer.summed_loss(batch).item() > 0
 
 
 def test_what_a_gpu_needs_to_compile_is_said_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +394,167 @@ def test_stores_of_products_are_bounded_unless_somebody_has_set_them(
         assert {name: fast.os.environ.get(name) for name in stores} == {**stores, **given}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
+def test_a_compiler_that_fails_leaves_the_blocks_as_they_are_and_why_is_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho error: no space left >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    config = TuneConfig(lora_dropout=0.5)
+    model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
+    scorer = Scorer.build(model, config, dtype=torch.float32)
+    batch = pack(rows_of(tiny_model))
+    before, state = scorer.mean_loss([batch], device=CPU), torch.get_rng_state()
+    torch._dynamo.reset()
+    with inductor.patch({"cpp.cxx": (None, str(broken))}):  # it may have read CXX already
+        why_not = scorer.compile(batch)
+    assert why_not and "\n" not in why_not and len(why_not) <= fast.LONGEST_REASON
+    assert not scorer.native and scorer.plain == []
+    assert all(block._compiled_call_impl is None for block in model.get_base_model().model.layers)
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+    assert scorer.mean_loss([batch], device=CPU) == before
+
+
+@pytest.mark.parametrize("built_already", [False, True])
+def test_attention_that_cannot_be_built_is_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_already: bool
+) -> None:
+    """Whether another test of this process has built it or not."""
+    if sys.platform != "linux":
+        pytest.skip("attention is built on Linux alone")
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho error: no space left >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setattr(native, "is_loaded", lambda: built_already)
+    config = TuneConfig()
+    model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)
+    scorer = Scorer.build(model, config, dtype=torch.float32)
+    layers = model.get_base_model().model.layers
+    monkeypatch.setattr(type(layers[0]), "compile", lambda *_, **__: None)  # blocks are not what this is about
+    if built_already:
+        monkeypatch.setattr(fast.Scorer, "summed_loss", lambda self, batch: torch.zeros((), requires_grad=True))
+    assert scorer.compile(pack(rows_of(tiny_model))) == ""
+    assert scorer.native is built_already
+    assert scorer.plain == ([] if built_already else ["attention: error: no space left"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
+def test_a_compiled_run_that_is_killed_gives_the_adapter_of_the_uninterrupted_one(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal, sys; from lorikeet import cli; from lorikeet.tune import loop\n"
+        "append, at = loop.RunFolder.append_metrics, int(sys.argv.pop(1))\n"
+        "def dying(run, row):\n"
+        "    append(run, row)\n"
+        "    if row['step'] == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.RunFolder.append_metrics = dying\n"
+        "sys.exit(cli.run(sys.argv[1:]))\n"
+    )
+
+    def tuned(out: Path, *, killed_at: int) -> int:
+        flags = ["--model", str(tiny_model), "--data", str(chats), "--max-steps", "6", "--save-steps", "2"]
+        flags += ["--torch-compile", "on", "--dtype", "float32", "--learning-rate", "1e-2", "--out", str(out)]
+        given = ["--resume", str(out)] if out.exists() else flags
+        return subprocess.run([sys.executable, "-c", code, str(killed_at), "tune", *given], check=False).returncode
+
+    assert tuned(tmp_path / "whole", killed_at=-1) == 0
+    for step in (0, 3, 4):
+        assert tuned(tmp_path / str(step), killed_at=step) == -signal.SIGKILL
+        assert tuned(tmp_path / str(step), killed_at=-1) == 0
+        found = [
+            (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", str(step))
+        ]
+        assert found[0] == found[1]
+        assert RunFolder.open(tmp_path / str(step)).manifest()["compiled"] is True
+
+
+def test_rows_are_converted_at_once_where_each_call_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, head, labels = torch.randn(300, 16, requires_grad=True), torch.randn(50, 16), torch.randint(50, (300,))
+    found = []
+    for rows in (loss.ROWS, loss.CHUNK):
+        monkeypatch.setattr(loss, "_rows_at_once", lambda _, rows=rows: rows)
+        total = loss.chunked_loss(hidden, head, labels)
+        found.append((total, *torch.autograd.grad(total, hidden)))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*found, strict=True))
+    monkeypatch.undo()
+    on = [loss.working_bytes(50, torch.bfloat16, torch.device(name)) for name in ("cpu", "cuda")]
+    assert on == [50 * (256 * 2 + 8 * 8), 50 * (256 * 2 + 256 * 8)]
+
+
+def varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of its FlashAttention, (tokens, heads, size) -> the same, written out for a CPU."""
+    assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k and enable_gqa
+    parts = []
+    for start, end in itertools.pairwise(cu_seq_q.tolist()):
+        assert end - start <= max_q
+        place = torch.arange(end - start)
+        left, right = window_size
+        seen = place[None] - place[:, None] <= right
+        if left >= 0:
+            seen &= place[:, None] - place[None] <= left
+        some = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        parts.append(functional.scaled_dot_product_attention(*some, attn_mask=seen, scale=scale, enable_gqa=True)[0])
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+HEADS = {"heads": 6, "key_heads": 2, "size": 8}
+
+
+def test_flash_attention_is_asked_for_what_document_attention_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_attn)
+    for dtype, window in itertools.product(attention.HALF, (0, 5, 40)):
+        assert attention.why_no_flash(CPU, dtype, **HEADS, window=window) == ""
+    assert attention.why_no_flash(CPU, torch.float32, **HEADS) == "FlashAttention does not compute in float32"
+
+
+def test_flash_attention_that_fails_or_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (CPU, torch.bfloat16)
+    assert "FlashAttention is not to be had here" in attention.why_no_flash(*given, **HEADS)  # a CPU has none
+
+    def one_key_more(*parts: Any, window_size: tuple[int, int], **more: Any) -> torch.Tensor:
+        left, right = window_size
+        return varlen_attn(*parts, window_size=(left + (left >= 0), right + 1), **more)
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", one_key_more)
+    assert "is off by" in attention.why_no_flash(*given, **HEADS)
+    assert "is off by" in attention.why_no_flash(*given, **HEADS, window=40)
+
+
+def test_a_model_whose_attention_is_flash_attention_scores_the_same(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.varlen, "varlen_attn", varlen_attn)
+    config, rows = TuneConfig(lora_dropout=0.0), rows_of(tiny_model)
+    found = []
+    for flash in (False, True):
+        model = apply_lora(load_base(tiny_model, torch.bfloat16, CPU), config)
+        awaken(model)
+        scorer = Scorer.build(model, config, dtype=torch.bfloat16)
+        scorer.flash = flash
+        assert scorer.shares is not flash
+        found.append(gradients(model, scorer.summed_loss(pack(rows))))
+    assert all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_score_the_same_and_are_compiled_once(tiny_model: Path) -> None:
@@ -399,7 +565,7 @@ def test_compiled_blocks_score_the_same_and_are_compiled_once(tiny_model: Path) 
         awaken(model)
         model.train()
         scorer = Scorer.build(model, config, dtype=torch.float32)
-        assert not compiled or scorer.compile() == ""
+        assert not compiled or scorer.compile(pack(rows_of(tiny_model)[:3])) == ""
         found.append(gradients(model, scorer.summed_loss(pack(rows_of(tiny_model)))))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found, strict=True))
     assert len(torch._dynamo.utils.compile_times("csv")[1]) > 0

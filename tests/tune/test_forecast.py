@@ -16,6 +16,7 @@ from lorikeet.errors import MachineError
 from lorikeet.prompt import PromptFormat
 from lorikeet.tune import forecast
 from lorikeet.tune.adapter import apply_lora, load_base
+from lorikeet.tune.batches import Batch
 from lorikeet.tune.fast import Scorer
 from lorikeet.tune.forecast import Forecast, measure
 
@@ -51,6 +52,33 @@ def test_memory_kept_per_token_is_what_the_pass_keeps(tiny_model: Path) -> None:
     least = 2 * (4 * 64 + 3 * 128) * 4
     assert least < found.bytes_per_token < 12 * least
     assert found.checkpointed_bytes_per_token < found.bytes_per_token
+
+
+def test_with_checkpointing_a_token_takes_a_layers_input_each_and_a_whole_block(tiny_model: Path) -> None:
+    _, kept = measured(tiny_model, TuneConfig(lora_dropout=0.0))
+    _, found = measured(tiny_model, TuneConfig(lora_dropout=0.0, gradient_checkpointing=True))
+    assert found.bytes_per_token == found.checkpointed_bytes_per_token
+    assert found.checkpointed_bytes_per_token == pytest.approx(kept.checkpointed_bytes_per_token, rel=0.05)
+    assert found.bytes_per_token > 2 * 64 * 4 + kept.bytes_per_token / 4
+
+
+def test_nothing_is_tried_that_would_not_fit(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    time_step = forecast._time_step
+
+    def noted(scorer: Scorer, batch: Batch) -> float:
+        tried.append(batch.row_tokens)
+        return time_step(scorer, batch)
+
+    monkeypatch.setattr(forecast, "_time_step", noted)
+    monkeypatch.setattr(forecast, "FEW", 8)
+    _, plenty = measured(tiny_model, TuneConfig())
+    assert min(tried) > 8
+    tried.clear()
+    monkeypatch.setattr(forecast, "available_bytes", lambda _: plenty.memory_bytes - plenty.fixed_bytes - 1)
+    monkeypatch.setattr(forecast, "MARGIN", 1e6)  # this process holds more by now than it did
+    _, tight = measured(tiny_model, TuneConfig())
+    assert set(tried) == {7} and tight.tokens_per_s > 0  # the eighth is predicted alone
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_would(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorikeet import files
 from lorikeet.config import TuneConfig
 from lorikeet.data.encode import encode_all
-from lorikeet.errors import InputError
+from lorikeet.errors import InputError, Interrupted, MachineError, MissingExtraError
 from lorikeet.prompt import PromptFormat
 from lorikeet.run import RunFolder
-from lorikeet.tune import checkpoint, loop
+from lorikeet.tune import checkpoint, loop, track
 from lorikeet.tune.adapter import apply_lora
-from lorikeet.tune.batches import pack
+from lorikeet.tune.batches import Batch, pack
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations, write_jsonl
@@ -196,9 +198,16 @@ def test_accumulation_weighs_every_token_the_same(tiny_model: Path) -> None:
         ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"max_minutes": float("inf")}, "max_minutes is inf"),
-        ({"seed": 20261125123456}, "seed is 20261125123456; it must be from 0 to 4294967295"),
+        ({"seed": 20261125123456}, "seed is 20261125123456; it must be at most 4294967295"),
+        ({"epochs": 1e308}, "epochs is 1e\\+308; it must be at most 1000000"),
+        ({"max_minutes": 1e308}, "max_minutes is 1e\\+308; it must be at most 1000000"),
+        ({"lora_r": 10**30}, "lora_r is 10+; it must be at most 1000000000"),
+        ({"system_prompt": "be \udce9"}, "system_prompt is no text"),
+        ({"system_prompt": "be\0brief"}, "system_prompt is no text"),
+        ({"data": "~no-such-user/chats.jsonl"}, "there is no home folder of that name"),
         ({"dtype": "fp16"}, "dtype is fp16; it must be one of auto, float32"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora and init_lora_weights pissa exclude each other"),
+        ({"load_in_4bit": True, "init_lora_weights": "pissa"}, "load_in_4bit and init_lora_weights pissa exclude"),
         ({"target_modules": ("q_proj", "lm_head")}, "lm_head cannot get an adapter"),
         ({"target_modules": ("q_proj", "qkv")}, "target_modules: qkv cannot get an adapter in .*q_proj"),
         ({"data": "missing.jsonl"}, "missing.jsonl is not there"),
@@ -218,6 +227,80 @@ def test_a_folder_that_is_there_is_not_touched(config: TuneConfig, tmp_path: Pat
     with pytest.raises(InputError, match="is there already"):
         loop.tune(config, out=tmp_path)
     assert (tmp_path / "note").read_text() == "mine"
+
+
+def test_files_of_ones_own_that_look_like_leftovers_are_not_touched(config: TuneConfig, tmp_path: Path) -> None:
+    for name in ("poetry.lock", "film.part"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(InputError, match="is there already"):
+            loop.tune(replace(config, target_modules=("qkv",)), out=out)
+        assert (out / name).read_text() == "mine"
+    left = tmp_path / "left"
+    left.mkdir()
+    for name in (".tune.lock", ".run.json.123.part"):
+        (left / name).touch()
+    loop.tune(replace(config, max_steps=1), out=left)
+
+
+def test_a_path_with_dollars_and_bytes_that_are_no_text_is_tuned_on(config: TuneConfig, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "my $x_{$ \\frac$ caf\udce9.jsonl", make_conversations())
+    run = loop.tune(replace(config, data=str(data), max_steps=1), out=tmp_path / "run")
+    assert run.manifest()["status"] == "tuned" and run.manifest()["data"]["name"] == str(data)
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None if name == "trackio" else name)
+    monkeypatch.setattr(loop, "_read", lambda _: pytest.fail("the data was read first"))
+    with pytest.raises(MissingExtraError, match=r"trackio is not installed; .*lorikeet\[track\]"):
+        loop.tune(replace(config, track=("wandb", "trackio")), out=tmp_path / "run")
+
+
+def test_a_full_disk_found_before_a_checkpoint_says_how_to_go_on(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, out = checkpoint.save, tmp_path / "run"
+
+    def full(run: RunFolder, state: checkpoint.State, *given: Any) -> None:
+        if state.step:
+            monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+        save(run, state, *given)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(MachineError, match=rf"0.0 GB free and .* needed; .*; then: lorikeet tune --resume {out}$"):
+        loop.tune(config, out=out)
+    monkeypatch.undo()
+    assert loop.resume(out).manifest()["status"] == "tuned"
+
+
+def test_what_was_decided_on_compiling_stands_when_a_run_goes_on_before_its_first_checkpoint(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bool] = []
+
+    def compile_blocks(scorer: Scorer, batch: Batch, *, native: bool = True) -> str:
+        compiled.append(native)
+        scorer.native = native
+        return ""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scorer, "compile", compile_blocks)
+    for asked, from_s, expected in (("on", 0, [True, True]), ("auto", 1e9, []), ("auto", 0, [True, True])):
+        out = tmp_path / f"{asked}-{from_s}"
+        compiled.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "COMPILE_FROM_S", from_s)
+            patch.setattr(loop.checkpoint, "save", killed)
+            with pytest.raises(Interrupted):
+                loop.tune(replace(config, torch_compile=asked, max_steps=1), out=out)
+        monkeypatch.setattr(loop, "COMPILE_FROM_S", 1e9 - from_s)  # so that it would be decided otherwise
+        loop.resume(out)
+        assert compiled == expected and RunFolder.open(out).manifest()["compiled"] == bool(expected)
 
 
 def test_resume_refuses_changed_data(config: TuneConfig, chats: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.encode import encode_all
-from lorikeet.errors import Interrupted
+from lorikeet.errors import InputError, Interrupted
 from lorikeet.export.stage import export
 from lorikeet.prompt import PromptFormat
 from lorikeet.tune import loop
@@ -72,6 +72,14 @@ def test_pissa_starts_as_the_base_and_exports_twice_the_rank(config: TuneConfig,
     assert run.manifest()["tuned"]["first_val_loss"] == pytest.approx(plain["first_val_loss"], rel=1e-3)
     written = json.loads((run.root / "adapter" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (32, 32, True)
+    assert written["target_modules"] == sorted(config.target_modules)  # PEFT's set has another order in every process
+
+
+def test_a_rank_that_pissa_cannot_have_is_refused(config: TuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lora_r is 33, and .*k_proj has 32 .* give --lora-r 32 or less"):
+        loop.tune(replace(config, init_lora_weights="pissa", lora_r=33), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    loop.tune(replace(config, init_lora_weights="pissa", lora_r=32, max_steps=1), out=tmp_path / "run")
 
 
 def test_b_learns_faster_with_lora_plus(config: TuneConfig) -> None:
@@ -85,8 +93,11 @@ def test_b_learns_faster_with_lora_plus(config: TuneConfig) -> None:
     assert (rates[id(a)], rates[id(b)]) == (0.5, 8.0)
 
 
-def test_eight_bit_moments_resume_bit_for_bit(config: TuneConfig, tmp_path: Path, monkeypatch: Any) -> None:
-    config = replace(config, optim="adamw_8bit", save_steps=2)
+@pytest.mark.parametrize(
+    "rank", [16, 64]
+)  # of 64 the matrices are large enough for 8 bits and a code book that all share
+def test_eight_bit_moments_resume_bit_for_bit(config: TuneConfig, tmp_path: Path, monkeypatch: Any, rank: int) -> None:
+    config = replace(config, optim="adamw_8bit", save_steps=2, lora_r=rank)
     whole = loop.tune(config, out=tmp_path / "whole")
     append = loop.RunFolder.append_metrics
 

@@ -13,7 +13,8 @@ from lorikeet.cli import run as run_cli
 from lorikeet.config import TuneConfig
 from lorikeet.errors import InputError, Interrupted
 from lorikeet.run import RunFolder
-from lorikeet.tune import loop
+from lorikeet.tune import forecast, loop
+from lorikeet.tune import sweep as sweeps
 from lorikeet.tune.sweep import parse_space, resume_sweep, sweep
 
 
@@ -75,9 +76,36 @@ def test_a_run_that_diverges_is_a_trial_without_a_loss(
 
     monkeypatch.setattr(loop, "tune", diverging)
     assert sweep(config, ["learning_rate=1e-2,9"], trials=0, out=tmp_path / "s").name == "trial-000"
-    assert "diverged" in capsys.readouterr().out
+    assert "\ntrial 001 has no loss: the loss is nan at step 1\n" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"no trial of .* gave a loss: the loss is nan"):
         sweep(config, ["learning_rate=8,9"], trials=0, out=tmp_path / "t")
+
+
+def test_a_run_that_does_not_fit_is_a_trial_without_a_loss(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require = forecast.Forecast.require
+
+    def tight(self: forecast.Forecast, given: TuneConfig, folder: Path) -> None:
+        require(replace(self, available_bytes=1) if given.lora_r == 8 else self, given, folder)
+
+    monkeypatch.setattr(forecast.Forecast, "require", tight)
+    out = tmp_path / "s"
+    assert sweep(replace(config, max_steps=1), ["lora_r=8,4"], trials=0, out=out).name == "trial-001"
+    first, second = json.loads((out / "sweep.json").read_text())["done"]
+    assert first["loss"] is None and "tuning needs about" in first["why"] and second["loss"] > 0
+
+
+def test_no_combination_is_run_twice(config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sweeps, "_run_trial", lambda config, root, values: sweeps.Trial(values, config.learning_rate, 1, 1.0, "")
+    )
+    monkeypatch.setattr(sweeps, "_report", lambda out, done: out)
+    rates = "1e-5,1e-4,1e-3,1e-2"
+    for trials in (2, 10, 15):
+        out = sweep(config, [f"learning_rate={rates}", "lora_r=2,4,8,16"], trials=trials, out=tmp_path / str(trials))
+        done = [tuple(t["values"].values()) for t in json.loads((out / "sweep.json").read_text())["done"]]
+        assert len(set(done)) == len(done) == trials
 
 
 def test_fewer_trials_are_chosen_from_the_combinations(config: TuneConfig, tmp_path: Path) -> None:
@@ -91,8 +119,9 @@ def test_fewer_trials_are_chosen_from_the_combinations(config: TuneConfig, tmp_p
     [
         ("learning_rat=1,2", "did you mean learning_rate"),
         ("learning_rate", "names no values"),
-        ("learning_rate=fast", "fast is not a float"),
-        ("lora_r=4,x", "x is not a int"),
+        ("learning_rate=fast", "fast is not a number"),
+        ("lora_r=4,x", "x is not a whole number"),
+        (f"lora_r={','.join(map(str, range(1, 10_002)))}", "10001 combinations; give at most 10000"),
         ("use_rslora=maybe", "maybe is not true or false"),
         ("data=a,b", "not comparable"),
         ("max_length=1,2", "changes what is validated on"),
@@ -113,7 +142,14 @@ def test_what_cannot_be_swept_is_said_in_one_line(
 
 
 def test_values_have_their_fields_types() -> None:
-    assert parse_space(["use-rslora=true,False", "lora_alpha=8,16,8"]) == {
+    assert parse_space(["use-rslora=true,False", "lora_alpha=8,8.5,8", "lora_r=4", "optim=adamw"]) == {
         "use_rslora": [True, False],
-        "lora_alpha": [8, 16],
+        "lora_alpha": [8.0, 8.5],
+        "lora_r": [4],
+        "optim": ["adamw"],
     }
+
+
+def test_a_field_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="lora_r is given twice"):
+        parse_space(["lora_r=4", "lora-r=8"])

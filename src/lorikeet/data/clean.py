@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from lorikeet.errors import InputError
 from lorikeet.messages import Conversation
@@ -17,6 +18,8 @@ from lorikeet.messages import Conversation
 LEAST_PART = 8
 MOST_PART = 100
 LEAST_CONVERSATIONS = 3 * LEAST_PART
+
+ALIKE = "nearly all conversations open with the same few questions, so none can be held out; give varied data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,36 @@ def split(conversations: Sequence[Conversation], *, validation_share: float, hel
             "to tune, to validate and to prove"
         )
     keyed = sorted(conversations, key=lambda c: (_draw(_question(c), seed), fingerprint(c)))
-    heldout_size = _part(heldout_share, len(keyed))
-    validation_size = _part(validation_share, len(keyed))
-    first = _to_boundary(keyed, heldout_size)
-    second = _to_boundary(keyed, first + validation_size)
-    if second >= len(keyed):
-        raise InputError(
-            "nearly all conversations open with the same question, so none can be held out; give varied data"
-        )
-    return Split(keyed[second:], keyed[first:second], keyed[:first])
+    groups = [list(group) for _, group in groupby(keyed, key=_question)]
+    heldout, groups = _take(groups, _part(heldout_share, len(keyed)))
+    validation, groups = _take(groups, _part(validation_share, len(keyed)))
+    if not groups:
+        raise InputError(ALIKE)
+    return Split([conversation for group in groups for conversation in group], validation, heldout)
+
+
+def _take(groups: list[list[Conversation]], size: int) -> tuple[list[Conversation], list[list[Conversation]]]:
+    """Return about `size` conversations, of whole groups in their order, and the groups that are left.
+
+    A group that is too large for what is missing is passed over; only where no others make a part is the smallest of them
+    taken. Raises InputError if that is more than any part may have.
+    """
+    taken, left = list[list[Conversation]](), list[list[Conversation]]()
+    missing = size
+    for group in groups:
+        if len(group) <= missing:
+            taken.append(group)
+            missing -= len(group)
+        else:
+            left.append(group)
+    while left and size - missing < LEAST_PART:
+        smallest = min(left, key=len)
+        left.remove(smallest)
+        taken.append(smallest)
+        missing -= len(smallest)
+    if size - missing > MOST_PART:
+        raise InputError(ALIKE)
+    return [conversation for group in taken for conversation in group], left
 
 
 def _part(share: float, total: int) -> int:
@@ -78,13 +102,6 @@ def _question(conversation: Conversation) -> str:
 
 def _draw(text: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\x1e{text}".encode("utf-8", "surrogatepass")).digest()
-
-
-def _to_boundary(ordered: Sequence[Conversation], place: int) -> int:
-    """Return the first place at or after `place` where the question changes."""
-    while 0 < place < len(ordered) and _question(ordered[place]) == _question(ordered[place - 1]):
-        place += 1
-    return place
 
 
 def common_system(conversations: Sequence[Conversation]) -> str:

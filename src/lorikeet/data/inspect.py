@@ -1,6 +1,6 @@
 """The X-ray of a dataset: what is in it, what tuning would do with it, and what it repeats or gives away.
 
-    report = inspect_data("mine.jsonl", model="smollm2-135m-instruct", max_length=2048)
+    report = inspect_data(TuneConfig(data="mine.jsonl", model="smollm2-135m-instruct"))
     write_page(report, Path("inspect.html"))
     print_report(report)
 
@@ -46,38 +46,27 @@ SHOWN_TOKENS = 400
 """Tokens of a sample that are shown."""
 
 
-def inspect_data(
-    data: str,
-    *,
-    model: str,
-    max_length: int = TuneConfig.max_length,
-    on_long: str = TuneConfig.on_long,
-    system_prompt: str = "",
-    against: Sequence[str] = (),
-    validation_share: float = TuneConfig.validation_share,
-    heldout_share: float = TuneConfig.heldout_share,
-    seed: int = TuneConfig.seed,
-) -> dict[str, Any]:
-    """Return the report on `data` as tuning `model` would see it, ready for JSON.
+def inspect_data(config: TuneConfig, *, against: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the report on `config.data` as tuning with these settings would see it, ready for JSON.
 
-    The settings are those of `tune`; where `on_long` is `error`, what is too long is shown as truncated all the same.
-    `against` names files of evaluation prompts that should not be in the data. Raises InputError if data, model or
-    one of these files cannot be read at all; broken rows are counted and named instead.
+    Where `on_long` is `error`, what is too long is shown as truncated all the same. `against` names files of evaluation
+    prompts that should not be in the data. Raises InputError if data, model or one of these files cannot be read at all;
+    broken rows are counted and named instead.
     """
-    loaded = load_conversations(data, strict=False)
+    loaded = load_conversations(config.data, strict=False)
     if not loaded.conversations and not loaded.broken:
-        raise InputError(f"{data} holds no rows; a row holds messages, conversations or instruction and output")
-    conversations = [c.with_system(system_prompt) for c in loaded.conversations]
-    prompt = PromptFormat.load(resolve_model(model))
+        raise InputError(f"{config.data} holds no rows; a row holds messages, conversations or instruction and output")
+    conversations = [c.with_system(config.system_prompt) for c in loaded.conversations]
+    prompt = PromptFormat.load(resolve_model(config.model))
     distinct = deduplicate(conversations)
-    on_long = "drop" if on_long == "drop" else "truncate"
-    encoding = encode_all(prompt, distinct, max_length=max_length, on_long=on_long)
-    parts, why_not = _parts(distinct, seed, validation_share=validation_share, heldout_share=heldout_share)
+    on_long = "drop" if config.on_long == "drop" else "truncate"
+    encoding = encode_all(prompt, distinct, max_length=config.max_length, on_long=on_long)
+    parts, why_not = _parts(distinct, config)
     near = _near_pairs(distinct)
     return {
-        "data": data,
-        "model": model,
-        "max_length": max_length,
+        "data": config.data,
+        "model": config.model,
+        "max_length": config.max_length,
         "layout": loaded.layout,
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in loaded.files],
         "conversations": len(conversations),
@@ -99,11 +88,7 @@ def inspect_data(
             "examples": [{"origin": e.origin, "why": e.why} for e in encoding.left_out[:EXAMPLES]],
         },
         "defused": sum(_is_defused(c, prompt) for c in distinct),
-        "samples": [
-            _sample(prompt, row, distinct[place])
-            for row, place in zip(encoding.rows, encoding.kept, strict=True)
-            if len(row.ids) <= SHOWN_TOKENS or len(encoding.rows) <= SAMPLES
-        ][:SAMPLES],
+        "samples": [_sample(prompt, encoding.rows[n], distinct[encoding.kept[n]]) for n in _chosen(encoding.rows)],
     }
 
 
@@ -148,9 +133,12 @@ def _near_pairs(distinct: Sequence[Conversation]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _parts(distinct: Sequence[Conversation], seed: int, **shares: float) -> tuple[Split | None, str]:
+def _parts(distinct: Sequence[Conversation], config: TuneConfig) -> tuple[Split | None, str]:
+    """Return the split that tuning makes, or why it makes none."""
     try:
-        return split(distinct, seed=seed, **shares), ""
+        return split(
+            distinct, validation_share=config.validation_share, heldout_share=config.heldout_share, seed=config.seed
+        ), ""
     except InputError as error:
         return None, str(error)
 
@@ -255,11 +243,21 @@ def _is_defused(conversation: Conversation, prompt: PromptFormat) -> bool:
     return any(defuse(m.content, prompt.specials) != m.content for m in conversation.messages)
 
 
+def _chosen(rows: Sequence[Encoded]) -> list[int]:
+    """Return the places of the rows that are shown: the first ones, and those that can be shown whole before others."""
+    return sorted(range(len(rows)), key=lambda place: len(rows[place].ids) > SHOWN_TOKENS)[:SAMPLES]
+
+
 def _sample(prompt: PromptFormat, row: Encoded, conversation: Conversation) -> dict[str, Any]:
-    """Return a row as runs of text, each supervised or not; the text of a run is decoded whole."""
+    """Return a row as runs of text, each supervised or not; the text of a run is decoded whole.
+
+    Of a long row the start is shown, or, where nothing in it is supervised, what leads to the first supervised token.
+    """
     runs: list[dict[str, Any]] = []
     pending: list[int] = []
-    ids, supervised = row.ids[:SHOWN_TOKENS], row.supervised[:SHOWN_TOKENS]
+    first = row.supervised.index(True)
+    start = first - SHOWN_TOKENS // 2 if first >= SHOWN_TOKENS else 0
+    ids, supervised = (part[start : start + SHOWN_TOKENS] for part in (row.ids, row.supervised))
     for place, (token, counted) in enumerate(zip(ids, supervised, strict=True)):
         pending.append(token)
         if place + 1 == len(ids) or supervised[place + 1] != counted:
@@ -271,6 +269,7 @@ def _sample(prompt: PromptFormat, row: Encoded, conversation: Conversation) -> d
         "tokens": len(row.ids),
         "supervised": sum(row.supervised),
         "runs": runs,
+        "shown_from": start,
         "shown_tokens": len(ids),
     }
 
@@ -330,6 +329,12 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str, bool]]:
     return rows
 
 
+def _shown(sample: dict[str, Any]) -> str:
+    """Return which tokens of a sample are shown; '' for all."""
+    start, count = sample["shown_from"], sample["shown_tokens"]
+    return f"; {start + 1} to {start + count} are shown" if count < sample["tokens"] else ""
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Show the report in a terminal: facts, histogram, and the mask of the samples in colour."""
     title = Text(f"{report['data']}, as {report['model']} would be tuned on it")
@@ -348,7 +353,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for sample in report["samples"]:
         console.print(
             Text(
-                f"\n{sample['origin']}: {sample['supervised']} of {sample['tokens']} tokens supervised (green)", "bold"
+                f"\n{sample['origin']}: {sample['supervised']} of {sample['tokens']} tokens supervised (green){_shown(sample)}",
+                "bold",
             )
         )
         shown = Text()

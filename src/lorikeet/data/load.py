@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -30,6 +31,12 @@ BROKEN_SHARE = 0.01
 
 MAX_ROW_BYTES = 8 << 20
 """A longer line or CSV field is broken: no conversation is eight megabytes."""
+
+MOST_TURNS = 1000
+"""A conversation of more turns is broken: the place of each answer is looked for in the whole, which takes a second by then."""
+
+TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+"""What names the file or the folder of a dataset's training part."""
 
 PREFERENCE = "preference"
 """The layout of rows with `chosen` and `rejected` answers; the chosen ones are learned from."""
@@ -134,7 +141,7 @@ def _files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(file for pattern in DATA_PATTERNS for file in path.rglob(pattern) if _is_data(file))
-    train = [file for file in files if "train" in file.name.lower()]
+    train = [file for file in files if TRAIN.search(str(file.relative_to(path)))]
     if not files:
         raise InputError(f"{name} holds no JSON, JSONL, Parquet or CSV file; name a file of conversations")
     return train or files
@@ -219,13 +226,17 @@ def _line_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=str)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_nothing)
     except UnicodeDecodeError as error:
         raise _RowError(f"is not UTF-8 text (byte {error.start})") from error
     except RecursionError as error:
         raise _RowError("is nested too deeply") from error
     except ValueError as error:
         raise _RowError(f"is not JSON ({error})") from error
+
+
+def _nothing(_: str) -> None:
+    """Stand for NaN and Infinity, which are no JSON: programs write them where a value is missing."""
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -263,7 +274,7 @@ def _cell(value: Any) -> Any:
     """Return a CSV cell: a list of turns is written there as JSON, every other text is a text."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            turns = json.loads(value)
+            turns = json.loads(value, parse_constant=_nothing)
         except (ValueError, RecursionError):
             return value
         return turns if all(isinstance(turn, dict) for turn in turns) else value
@@ -316,25 +327,30 @@ def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
         raise _RowError(f"is a {type(row).__name__}, not an object")
     for layout, key in (("messages", "messages"), ("sharegpt", "conversations"), ("sharegpt", "conversation")):
         if isinstance(row.get(key), list):
-            messages = _turns(row[key])
-            system = row.get("system")
-            if isinstance(system, str) and system.strip() and messages[0].role != "system":
-                messages.insert(0, Message("system", system))
+            messages = _led(row, _turns(row[key]))
             if layout == "messages" and "from" in row[key][0]:
                 layout = "sharegpt"
             return layout, _checked(messages, where, row)
     if "chosen" in row and "rejected" in row:
-        return PREFERENCE, _checked(_chosen(row), where, row)
+        return PREFERENCE, _checked(_led(row, _chosen(row)), where, row)
     if "instruction" in row and "output" in row:
-        return "alpaca", _checked(_alpaca(row), where, row)
+        return "alpaca", _checked(_led(row, _alpaca(row)), where, row)
     raise _RowError(
         f"has none of messages, conversations, instruction+output (it has: {', '.join(map(str, row)) or 'nothing'})"
     )
 
 
+def _led(row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the turns led by the row's field `system`, if it holds a text and they have no system turn of their own."""
+    system = _text(row["system"], "the field system") if row.get("system") is not None else ""
+    return [Message("system", system), *messages] if system.strip() and messages[0].role != "system" else messages
+
+
 def _turns(turns: list[Any]) -> list[Message]:
     if not turns:
         raise _RowError("has no turns")
+    if len(turns) > MOST_TURNS:
+        raise _RowError(f"has {len(turns)} turns, more than {MOST_TURNS}; cut it into several conversations")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
@@ -345,23 +361,28 @@ def _turns(turns: list[Any]) -> list[Message]:
             raise _RowError(f"turn {number} has no role; known are system, user and assistant")
         if name.lower() not in ROLES:
             raise _RowError(f"turn {number} has the role {name!r}; known are system, user and assistant")
-        message = Message(ROLES[name.lower()], _text(content, number), _sources(turn.get("sources"), number))
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise _RowError(f"turn {number} calls a tool, which cannot be learned yet")
+        if turn.get("weight") not in (None, 0, 1):
+            raise _RowError(f"turn {number} has the weight {turn['weight']!r}; known are 0 and 1")
+        message = Message(ROLES[name.lower()], _text(content, f"turn {number}"), _sources(turn.get("sources"), number))
         messages.append(replace(message, supervised=turn.get("weight") != 0))
     return messages
 
 
-def _text(content: Any, number: int) -> str:
+def _text(content: Any, place: str) -> str:
+    """Return the text that stands at `place` of a row."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         parts = [part.get("text", "") for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
     if not isinstance(content, str):
-        raise _RowError(f"turn {number} has {'no content' if content is None else 'content that is not text'}")
+        raise _RowError(f"{place} has {'no content' if content is None else 'content that is not text'}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise _RowError(f"turn {number} is not UTF-8 text") from error
+        raise _RowError(f"{place} is not UTF-8 text") from error
     if "\0" in content:
-        raise _RowError(f"turn {number} contains a null byte")
+        raise _RowError(f"{place} contains a null byte")
     return content
 
 
@@ -369,7 +390,9 @@ def _sources(sources: Any, number: int) -> tuple[Source, ...]:
     if sources is None:
         return ()
     try:
-        found = tuple(Source(*(_text(s[name], number) for name in ("title", "url", "snippet"))) for s in sources)
+        found = tuple(
+            Source(*(_text(s[name], f"turn {number}") for name in ("title", "url", "snippet"))) for s in sources
+        )
     except (TypeError, KeyError) as error:
         raise _RowError(f"turn {number} has sources without title, url and snippet") from error
     for source in found:
@@ -406,15 +429,14 @@ def _as_turns(row: dict[str, Any], name: str) -> list[Message]:
     """Return a preference row's field, a list of turns or a text alone, as turns."""
     value = row.get(name)
     if isinstance(value, str):
-        return [Message("user" if name == "prompt" else "assistant", _text(value, 1))]
+        return [Message("user" if name == "prompt" else "assistant", _text(value, f"the field {name}"))]
     return _turns(value) if isinstance(value, list) and value else []
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
-    texts = {key: _text(row.get(key) or "", 1) for key in ("system", "instruction", "input")}
-    question = "\n\n".join(part for part in (texts["instruction"], texts["input"]) if part.strip())
-    messages = [Message("user", question), Message("assistant", _text(row["output"], 2))]
-    return [Message("system", texts["system"]), *messages] if texts["system"].strip() else messages
+    parts = [_text(row.get(key) or "", f"the field {key}") for key in ("instruction", "input")]
+    question = "\n\n".join(part for part in parts if part.strip())
+    return [Message("user", question), Message("assistant", _text(row["output"], "the field output"))]
 
 
 def _checked(messages: list[Message], where: str, row: dict[str, Any]) -> Conversation:

@@ -24,7 +24,7 @@ from lorikeet.card import public_name
 from lorikeet.config import ServeConfig
 from lorikeet.engine import HttpEngine, LateEngine, LlamaEngine
 from lorikeet.errors import InputError
-from lorikeet.files import sha256_file
+from lorikeet.files import expanded, sha256_file
 from lorikeet.gguf_header import read_header
 from lorikeet.grounding import approximate_tokens
 from lorikeet.run import RunFolder, require_memory
@@ -232,7 +232,7 @@ def _memory(config: ServeConfig) -> Memory | None:
         if config.memory_days:
             raise InputError("--memory-days needs --memory FILE; without it nothing is kept")
         return None
-    memory = Memory.open(Path(config.memory).expanduser(), days=config.memory_days)
+    memory = Memory.open(expanded(config.memory), days=config.memory_days)
     _say(f"conversations are kept in {config.memory}" + (f" for {memory.days} days" if memory.days else ""))
     return memory
 

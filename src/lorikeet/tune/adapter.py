@@ -120,7 +120,10 @@ def apply_lora(model: Any, config: TuneConfig) -> PeftModel:
 
 
 def check_targets(model: Any, config: TuneConfig) -> None:
-    """Raise InputError for target modules that `model` does not have, naming those it has; its head is none of them."""
+    """Raise InputError for target modules that `model` does not have, naming those it has; its head is none of them.
+
+    And for a PiSSA adapter of a higher rank than one of them has.
+    """
     head = model.get_output_embeddings()  # the loss reads it, and it is often the embedding, which export writes once
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     found = {name.rpartition(".")[2] for name, module in linear.items() if module is not head}
@@ -129,6 +132,16 @@ def check_targets(model: Any, config: TuneConfig) -> None:
         raise InputError(
             f"target_modules: {', '.join(missing)} cannot get an adapter in {config.model}; what can: {', '.join(sorted(found))}"
         )
+    if config.init_lora_weights == "pissa":
+        widths = {
+            name: min(m.weight.shape) for name, m in linear.items() if name.rpartition(".")[2] in config.target_modules
+        }
+        narrowest = min(widths, key=lambda name: widths[name])
+        if config.lora_r > widths[narrowest]:
+            raise InputError(
+                f"lora_r is {config.lora_r}, and {narrowest} has {widths[narrowest]} principal components for "
+                f"init_lora_weights pissa; give --lora-r {widths[narrowest]} or less"
+            )
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -142,7 +155,9 @@ def save_adapter(model: PeftModel, folder: Path, *, base: str, start: dict[str, 
     `start` holds the parameters that a PiSSA adapter began with: what is written then is the difference, a plain LoRA
     of twice the rank that belongs to the base as it was.
     """
-    model.peft_config["default"].base_model_name_or_path = base
+    saved = model.peft_config["default"]
+    saved.base_model_name_or_path = base
+    saved.target_modules = sorted(saved.target_modules)  # PEFT's set is written in another order by every process
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base's config on the hub to see whether it was resized
         model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -1,14 +1,16 @@
 """Causal attention inside each document of a packed row, and nowhere else.
 
     name = use_document_attention(model)
-    model(input_ids=ids, position_ids=positions, documents=bounds, room=weights_kept(bounds), use_cache=False)
+    model(input_ids=ids, position_ids=positions, documents=bounds, room=weights_kept(bounds), native=False, spans=None,
+          use_cache=False)
 
 A packed row holds documents one after the other; `documents` holds their bounds. What lies before the first of them is
 the start of them all: each document sees it as its own, and it is computed once. Work and memory grow with the sum of the
 squared lengths, not with the square of the row. Scores exist for one block of queries at a time and are computed
 again in the backward pass (FlashAttention's idea, Dao et al., 2022, arXiv 2205.14135). The query heads that share a key
 head are stacked as rows of one matrix, so a document takes few, large products: on a CPU the backward pass of short
-documents is several times faster than SDPA's.
+documents is several times faster than SDPA's. On a GPU torch's FlashAttention takes all documents at once, where it is there
+and agrees (`why_no_flash`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -33,6 +36,12 @@ KEPT = 512
 
 OVERHEAD = 3000
 """What a block costs besides, in pairs of a query and a key: it takes 0.2 ms of a thread, and 17,000 pairs of nine heads 1."""
+
+HALF = (torch.bfloat16, torch.float16)
+"""The types that FlashAttention computes in."""
+
+AGREES = 0.02
+"""FlashAttention may differ from `document_attention` by so much of the result: both round to 16 bits, at other places."""
 
 STARTS = 4
 """The gradients of the shared start that threads hold may take so many times the keys and values of the row."""
@@ -62,6 +71,7 @@ def _attend(
     documents: torch.Tensor,
     room: int,
     native: bool,
+    spans: Spans | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -69,8 +79,24 @@ def _attend(
     """Return what transformers asks of an attention: (1, tokens, heads, head size), and no weights."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
+    if spans is not None:
+        return flash_attention(query[0], key[0], value[0], spans, scale, window).transpose(0, 1).unsqueeze(0), None
     out = document_attention(query[0], key[0], value[0], documents, room, scale, window, native=native)
     return out.transpose(0, 1).unsqueeze(0), None
+
+
+class Spans(NamedTuple):
+    """Where FlashAttention finds the documents of a row."""
+
+    bounds: torch.Tensor
+    """Where each starts, and the end, int32, shape (documents + 1,), on the GPU."""
+    longest: int
+    """Tokens of the longest."""
+
+    @classmethod
+    def of(cls, documents: torch.Tensor, device: torch.device) -> Spans:
+        """Return the spans of the bounds `documents`, the first of which is 0."""
+        return cls(documents.to(device, torch.int32), int(documents.diff().max()))
 
 
 class _Block(NamedTuple):
@@ -320,3 +346,47 @@ def document_attention(
     """
     out: torch.Tensor = _forward(query, key, value, documents, room, scale, window, native)[0]
     return out
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float, window: int = 0
+) -> torch.Tensor:
+    """Return what `document_attention` does where documents share no start, by FlashAttention, in bfloat16 or float16.
+
+    Shapes and `window` are as there. FlashAttention-2: Dao, 2023, arXiv 2307.08691.
+    """
+    q, k, v = (part.to(value.dtype).transpose(0, 1) for part in (query, key, value))
+    seen = (window - 1 if window else -1, 0)  # it counts the keys before the query's own
+    longest = spans.longest
+    out = varlen.varlen_attn(
+        q, k, v, spans.bounds, spans.bounds, longest, longest, scale=scale, window_size=seen, enable_gqa=True
+    )
+    assert isinstance(out, torch.Tensor)  # it gives more only where more is asked for
+    return out.transpose(0, 1)
+
+
+def why_no_flash(
+    device: torch.device, dtype: torch.dtype, *, heads: int, key_heads: int, size: int, window: int = 0
+) -> str:
+    """Return '' if FlashAttention is there on `device` for such heads and agrees with `document_attention`; else why not.
+
+    Three short documents go through both, forward and backward.
+    """
+    if dtype not in HALF:
+        return f"FlashAttention does not compute in {str(dtype).removeprefix('torch.')}"
+    documents = torch.tensor([0, 5, 70, 200])
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(heads, 200, size), (key_heads, 200, size), (key_heads, 200, size)]
+    given = [torch.randn(s, generator=generator, device=device, dtype=dtype).requires_grad_() for s in shapes]
+    query, key, value = given
+    upper = torch.randn(shapes[0], generator=generator, device=device, dtype=dtype)
+    scale = size**-0.5
+    try:
+        found = flash_attention(query, key, value, Spans.of(documents, device), scale, window)
+        expected = document_attention(query, key, value, documents, weights_kept(documents), scale, window)
+        gradients = torch.autograd.grad(found, given, upper), torch.autograd.grad(expected, given, upper)
+        pairs = [(found, expected), *zip(*gradients, strict=True)]
+        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:  # what a card or a build lacks
+        return f"FlashAttention is not to be had here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return "" if worst <= AGREES else f"FlashAttention is off by {worst:.0%} here"

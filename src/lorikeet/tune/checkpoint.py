@@ -64,7 +64,10 @@ def save(
 ) -> None:
     """Write the checkpoint of `state.step`, atomically. Raises MachineError, before it starts, if the disk is too full."""
     tensors = {
-        f"{name}:{key}": value.contiguous() if torch.is_tensor(value) else torch.tensor([value])
+        # bitsandbytes has one code book for all parameters, and what shares memory cannot be written.
+        f"{name}:{key}": value.clone(memory_format=torch.contiguous_format)
+        if torch.is_tensor(value)
+        else torch.tensor([value])
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }

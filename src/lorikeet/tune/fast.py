@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from torch.nn import functional
 from torch.utils._triton import has_triton
 
 from lorikeet.config import TuneConfig
-from lorikeet.tune.attention import use_document_attention, weights_kept
+from lorikeet.errors import is_out_of_memory
+from lorikeet.tune.adapter import trained_parameters
+from lorikeet.tune.attention import Spans, use_document_attention, weights_kept, why_no_flash
 from lorikeet.tune.batches import Batch
 from lorikeet.tune.linear import Masks, fuse_linears
 from lorikeet.tune.loss import chunked_loss
@@ -40,6 +42,9 @@ on SmolLM2: 2.5 instead of 2.6 GB at the same speed; 0.8 takes 1.7 GB and a fift
 
 DEFAULT_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
 """The one that torch.compile takes where CXX names none."""
+
+LONGEST_REASON = 300
+"""Of what a compiler says, so many characters are told to a person."""
 
 KERNELS = 128
 """Compiled products that oneDNN keeps. With its own 1,024 memory grows as long as steps bring documents of other lengths."""
@@ -93,6 +98,28 @@ def _no_compiler(device: torch.device) -> str:
     return ""
 
 
+def _why_no_flash(base: Any, dtype: torch.dtype) -> str:
+    """Return why attention on the GPU that the model `base` is on is not FlashAttention; '' if it is, or on a CPU."""
+    if base.device.type != "cuda":
+        return ""
+    text = base.config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    windows = {0, getattr(text, "sliding_window", None) or 0}
+    found = (
+        why_no_flash(base.device, dtype, heads=heads, key_heads=text.num_key_value_heads, size=size, window=window)
+        for window in sorted(windows)
+    )
+    return next(filter(None, found), "")
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why compiling failed: what the compiler said, or the error's own first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if "error:" in line.lower()), lines[0])
+    return f"{type(error).__name__}: {said}"[:LONGEST_REASON]
+
+
 @dataclass
 class Scorer:
     """A PEFT model and how a batch goes through it."""
@@ -109,6 +136,8 @@ class Scorer:
     family that is not known may have layers other than attention, which would go on from one conversation into the next."""
     native: bool = False
     """Whether attention is that of `attention.cpp`."""
+    flash: bool = False
+    """Whether attention is FlashAttention, on a GPU."""
     plain: list[str] = field(default_factory=list)
     """What is computed the plain way, each with its reason, for a person to read."""
 
@@ -124,6 +153,8 @@ class Scorer:
         if fast:
             use_document_attention(base)
             shorten_last_block(base.get_decoder().layers[-1])
+            why_not = _why_no_flash(base, dtype)
+            plain += [f"attention: {why_not}"] if why_not else []
         else:
             plain.append(f"attention, LoRA and loss: {kind} is not one of {', '.join(FAMILIES)}")
         masks = None
@@ -131,18 +162,26 @@ class Scorer:
             masks = fuse_linears(model)
         elif fast:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
-        return cls(model, dtype, fast, masks, config.max_length if fast else 0, plain=plain)
+        flash = fast and not why_not and base.device.type == "cuda"
+        return cls(model, dtype, fast, masks, config.max_length if fast else 0, flash=flash, plain=plain)
 
-    def compile(self, *, native: bool = True) -> str:
-        """Compile the decoder's blocks and, if `native`, attention; return ''.
+    @property
+    def shares(self) -> bool:
+        """Whether what all conversations of a micro-batch start with may stand in it once."""
+        return self.fast and not self.flash
 
-        Where blocks cannot be compiled, return why and leave all; where attention cannot, `plain` gets why.
+    def compile(self, batch: Batch, *, native: bool = True) -> str:
+        """Compile the decoder's blocks and, if `native`, attention, now, for micro-batches such as `batch`; return ''.
+
+        Where blocks cannot be compiled, return why and leave all; where attention cannot, `plain` gets why. Gradients and
+        the state of every random generator are as before. The same batch gives the same code.
         """
         if not self.fast:
             return "only blocks of the fast path are compiled"
         device = next(self.model.parameters()).device
         if why_not := _no_compiler(device):
             return why_not
+        plain = list(self.plain)
         if native and device.type == "cpu" and sys.platform == "linux":
             why_not = load_attention(_cpp_compiler())
             self.native = not why_not
@@ -150,10 +189,37 @@ class Scorer:
         from torch._functorch import config as partitioner
 
         partitioner.activation_memory_budget = MEMORY_BUDGET
-        for block in self.model.get_base_model().get_decoder().layers:
-            if not isinstance(block, LastBlock):  # a graph of its own would take seconds to compile, for one block
-                block.compile(dynamic=True)
+        # A last block has a graph of its own, which would take seconds to compile for one block.
+        blocks = [b for b in self.model.get_base_model().get_decoder().layers if not isinstance(b, LastBlock)]
+        for block in blocks:
+            block.compile(dynamic=True)
+        try:
+            batch = batch.to(device)
+            with self.probing([batch]):
+                self.summed_loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                self.mean_loss([batch], device=device)
+        except Exception as error:  # whatever compilers, and what torch does with them, raise
+            if is_out_of_memory(error):
+                raise
+            for block in blocks:
+                block._compiled_call_impl = None
+            self.native, self.plain = False, plain
+            return _reason(error)
         return ""
+
+    @contextmanager
+    def probing(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Let the block score `batches` in training mode; then gradients, mode and random generators are as before."""
+        device, was_training = batches[0].ids.device, self.model.training
+        self.model.train()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.start_step(batches)
+                yield
+        finally:
+            self.model.train(was_training)
+            for parameter in trained_parameters(self.model).values():
+                parameter.grad = None
 
     def summed_loss(self, batch: Batch) -> torch.Tensor:
         """Return the sum over the batch's supervised tokens of -ln p(token), in nats, float32, shape ().
@@ -168,7 +234,9 @@ class Scorer:
             if not self.fast:
                 logits = self.model(**given, logits_to_keep=batch.scored).logits[0]
                 return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            given |= {"documents": batch.documents, "room": weights_kept(batch.documents), "native": self.native}
+            spans = Spans.of(batch.documents, batch.ids.device) if self.flash else None
+            room = 0 if self.flash else weights_kept(batch.documents)
+            given |= {"documents": batch.documents, "room": room, "native": self.native, "spans": spans}
             given["scored"] = batch.scored
             hidden = base.get_decoder()(**given).last_hidden_state[0]
             if len(hidden) != len(batch.scored):  # where the last block computes all, and not all is scored

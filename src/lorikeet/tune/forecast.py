@@ -8,7 +8,8 @@ forecast.require(config, run.root)                           # MachineError for 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from lorikeet.prompt import Encoded
 from lorikeet.run import free_bytes, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import trained_parameters
-from lorikeet.tune.batches import Batch, pack_all
+from lorikeet.tune.batches import Batch, pack, pack_all, read_tokens
 from lorikeet.tune.fast import Scorer
-from lorikeet.tune.loss import CHUNK
+from lorikeet.tune.loss import working_bytes
 
 PROBES = 3
 """Micro-batches that are measured; the first of them warms up and is not timed."""
@@ -32,7 +33,14 @@ PROBES = 3
 MARGIN = 1.1
 """What is measured and what is taken differ: allocators round up, and gradients come on top."""
 
+FEW = 256
+"""Tokens that are measured first: they tell whether more may be tried."""
+
 SMALLEST_LENGTH = 64
+
+
+class TooLargeError(MachineError):
+    """The run does not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class Forecast:
     largest_tokens: int
     """Tokens of the largest micro-batch."""
     bytes_per_token: float
-    """What the forward pass keeps for the backward pass."""
+    """What is kept for the backward pass, with gradient checkpointing if the run has it."""
     checkpointed_bytes_per_token: float
     """The same with gradient checkpointing."""
     fixed_bytes: int
@@ -78,11 +86,11 @@ class Forecast:
         )
 
     def require(self, config: TuneConfig, folder: Path) -> None:
-        """Raise MachineError, naming settings that would do, if memory or the disk of `folder` is too small."""
+        """Raise TooLargeError, or MachineError for the disk of `folder`, naming settings that would do, for what cannot fit."""
         self._require_disk(config, folder)
         if self.memory_bytes <= self.available_bytes:
             return
-        raise MachineError(
+        raise TooLargeError(
             f"tuning needs about {self.memory_bytes / 1e9:.1f} GB of memory and {self.available_bytes / 1e9:.1f} GB are "
             f"free; {' or '.join(self._remedies(config)) or 'close other programs or choose a smaller model'}"
         )
@@ -110,12 +118,13 @@ class Forecast:
 def available_bytes(device: torch.device) -> int:
     """Return the memory that this process may still take: the GPU's, else the machine's or the container's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return free_bytes()
 
 
 def require_room_for_weights(folder: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool) -> None:
-    """Raise MachineError if the weights in `folder` alone do not fit into memory."""
+    """Raise TooLargeError if the weights in `folder` alone do not fit into memory."""
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     per_weight = 0.6 if in_4bit else dtype.itemsize
     needed = int(stored / _stored_itemsize(folder) * per_weight)
@@ -123,7 +132,7 @@ def require_room_for_weights(folder: Path, dtype: torch.dtype, device: torch.dev
     if needed > free:
         less = "--load-in-4bit" if device.type == "cuda" else "--dtype bfloat16"
         is_least = in_4bit or (device.type == "cpu" and dtype == torch.bfloat16)
-        raise MachineError(
+        raise TooLargeError(
             f"the weights of {folder.name} take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
             f"close other programs or choose {'' if is_least else f'{less} or '}a smaller model"
         )
@@ -148,25 +157,34 @@ def measure(
 ) -> Forecast:
     """Return the forecast of `steps` steps over `rows`, from micro-steps on some of them.
 
-    Gradients and the state of every random generator are as before.
+    A short micro-batch tells what a token takes; typical ones are tried only where they fit by that. Gradients and the state
+    of every random generator are as before.
     """
     device = next(scorer.model.parameters()).device
     per_step = config.batch_size * config.gradient_accumulation_steps
-    typical = pack_all(rows[: per_step * PROBES], max_tokens=scorer.packed_tokens, share=scorer.fast)
-    batches = [batch.to(device) for batch in typical[len(typical) // 2 :][:PROBES]]
-    batches = (batches * PROBES)[:PROBES]
+    text = scorer.model.config.get_text_config()
     parameters = trained_parameters(scorer.model)
-    held = resident_bytes()
-    devices = [device] if device.type == "cuda" else []
-    was_training = scorer.model.training
-    scorer.model.train()
-    with torch.random.fork_rng(devices=devices):
-        scorer.start_step(batches)
-        kept = _kept_bytes(scorer, batches[0])
+    weights = sum(parameter.numel() for parameter in parameters.values())
+    # On a GPU only what lies there counts, and what is there already is not free any more.
+    held = resident_bytes() if device.type == "cpu" else 0
+    fixed = held + 12 * weights + working_bytes(text.vocab_size, scorer.dtype, device)
+    free = held + available_bytes(device)
+
+    layers = int(text.num_hidden_layers)
+    little = pack([_last_tokens(min(rows, key=lambda row: len(row.ids)))]).to(device)
+    with scorer.probing([little]), _without_checkpointing(scorer.model):
+        each = _kept_bytes(scorer, little) / little.row_tokens
+    recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
+    taken = recomputed if config.gradient_checkpointing else each
+    typical = pack_all(rows[: per_step * PROBES], max_tokens=scorer.packed_tokens, share=scorer.shares)
+    batches = [batch.to(device) for batch in typical[len(typical) // 2 :][:PROBES]]
+    fit = fixed + MARGIN * taken * max(batch.row_tokens for batch in batches) <= free
+    batches = ((batches if fit else [little]) * PROBES)[:PROBES]
+    with scorer.probing(batches):
+        if fit and not config.gradient_checkpointing:
+            taken = _kept_bytes(scorer, batches[0]) / batches[0].row_tokens
         seconds = [_time_step(scorer, batch) for batch in batches]
-    for parameter in parameters.values():
-        parameter.grad = None
-    scorer.model.train(was_training)
+
     rate = sum(batch.tokens for batch in batches[1:]) / sum(seconds[1:])
     tokens_per_step = sum(len(row.ids) for row in rows) / len(rows) * per_step
     validations = 2 + steps // config.eval_steps
@@ -174,18 +192,28 @@ def measure(
     total_s = steps * tokens_per_step / rate + validations * validation_tokens / (3 * rate)
     lengths = sorted((len(row.ids) for row in rows), reverse=True)
     largest = max(lengths[0], min(scorer.packed_tokens, sum(lengths[:per_step])))
-    text = scorer.model.config.get_text_config()
-    each = kept / batches[0].row_tokens
-    layers = int(text.num_hidden_layers)
-    recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
-    weights = sum(parameter.numel() for parameter in parameters.values())
-    logits = CHUNK * text.vocab_size * scorer.dtype.itemsize
-    # On a GPU only what lies there counts, and of that what is there already is not free any more.
-    fixed = (held if device.type == "cpu" else 0) + 12 * weights + logits
-    free = available_bytes(device) + (held if device.type == "cpu" else 0)
     one = checkpoint.size_bytes(parameters)
     disk = (config.save_total_limit + 2) * one + 4 * weights
-    return Forecast(steps, rate, total_s, largest, each, recomputed, fixed, free, disk, one)
+    return Forecast(steps, rate, total_s, largest, taken, recomputed, fixed, free, disk, one)
+
+
+def _last_tokens(row: Encoded) -> Encoded:
+    """Return at most FEW tokens of a row, up to its last supervised one."""
+    part = slice(max(0, read_tokens(row) + 1 - FEW), read_tokens(row) + 1)
+    return Encoded(row.ids[part], row.supervised[part])
+
+
+@contextmanager
+def _without_checkpointing(model: Any) -> Iterator[None]:
+    """Let the block keep for the backward pass all that it needs, whatever the run does."""
+    parts = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    try:
+        for part in parts:
+            part.gradient_checkpointing = False
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
 
 
 def _kept_bytes(scorer: Scorer, batch: Batch) -> int:

@@ -6,6 +6,7 @@ loss = learner.step(batches, rate=2e-4)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Learner:
         """Return the base with a new adapter, by the configured seed. Raises MachineError where its weights have no room."""
         device = pick_device()
         dtype = pick_dtype(config.dtype, device)
+        _compute_repeatably(device)
         torch.manual_seed(config.seed)
         require_room_for_weights(base_folder, dtype, device, in_4bit=config.load_in_4bit)
         model = apply_lora(load_base(base_folder, dtype, device, in_4bit=config.load_in_4bit), config)
@@ -66,6 +68,16 @@ class Learner:
         """The name of the type that is computed in."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def gpu(self) -> dict[str, Any]:
+        """The GPU's `name` and the most memory taken on it so far, `peak_bytes`; empty on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {
+            "name": torch.cuda.get_device_name(self.device),
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device),
+        }
+
     def step(self, batches: Sequence[Batch], *, rate: float) -> float:
         """Learn from a step's micro-batches at the learning rate `rate`; return the mean loss of a token, in nats.
 
@@ -87,3 +99,11 @@ class Learner:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+
+def _compute_repeatably(device: torch.device) -> None:
+    """Let a GPU add up in the same order every time, as a CPU does; must come before its first product."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module of its own kind

@@ -10,7 +10,6 @@ It writes the run folder: `run.json`, `metrics.jsonl`, `checkpoints/`, `adapter/
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -20,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-from lorikeet.config import TuneConfig
+from lorikeet.config import TuneConfig, check_tune
 from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all
 from lorikeet.data.inspect import inspect_data, write_page
@@ -45,14 +44,13 @@ from lorikeet.run import RunFolder, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import save_adapter
 from lorikeet.tune.batches import Batch, count_steps, pack_all, steps
-from lorikeet.tune.fast import Scorer
 from lorikeet.tune.forecast import Forecast, measure
 from lorikeet.tune.learner import Learner
 from lorikeet.tune.plot import plot_loss
 from lorikeet.tune.progress import progress, say
 from lorikeet.tune.schedule import learning_rate, steps_that_fit
 from lorikeet.tune.stop import between_steps, stoppable
-from lorikeet.tune.track import Trackers
+from lorikeet.tune.track import Trackers, require_trackers
 from lorikeet.weights import cache_folder, hub_revision, licence, model_identity, resolve_model
 
 FITTED_AT = 4
@@ -68,9 +66,6 @@ INSPECTED = 5000
 """Data of up to so many conversations is inspected in passing: two thousand take some seconds."""
 
 HELDOUT, VALIDATION, CALIBRATION = "data/heldout.jsonl", "data/validation.jsonl", "data/calibration.jsonl"
-
-LARGEST_SEED = 2**32 - 1
-"""What every generator of random numbers takes."""
 
 CALIBRATION_SIZE = 128
 """Conversations of the training part that are kept for `export` to see what the weights are used for."""
@@ -108,7 +103,8 @@ def tune(config: TuneConfig, *, out: Path) -> RunFolder:
     Raises InputError for data, model or settings that cannot be tuned, with nothing left in `out`, and Interrupted, which
     says how to go on, when it is stopped.
     """
-    check(config)
+    check_tune(config)
+    require_trackers(config.track)
     RunFolder.require_free(out)
     with stoppable(lambda: _way_on(out)):
         inputs = _read(config)
@@ -174,17 +170,7 @@ def _data_origin(file: Path) -> dict[str, str]:
 def _write_report(run: RunFolder, config: TuneConfig, counts: dict[str, int]) -> None:
     """Write what `inspect` shows of the data to reports/inspect.html; not for data that would take minutes."""
     if sum(counts[part] for part in ("train", "validation", "heldout")) <= INSPECTED:
-        report = inspect_data(
-            config.data,
-            model=config.model,
-            max_length=config.max_length,
-            on_long=config.on_long,
-            system_prompt=config.system_prompt,
-            validation_share=config.validation_share,
-            heldout_share=config.heldout_share,
-            seed=config.seed,
-        )
-        write_page(report, run.root / "reports" / "inspect.html")
+        write_page(inspect_data(config), run.root / "reports" / "inspect.html")
     else:
         say(f"more than {INSPECTED} conversations; to look into them: lorikeet inspect {config.data}")
 
@@ -218,6 +204,7 @@ def _go_on(run: RunFolder) -> RunFolder:
         raise InputError(
             f"{run.manifest_path} does not hold what tune wrote there ({type(error).__name__}: {error}); tune into a new folder"
         ) from error
+    require_trackers(config.track)
     inputs = _read(config)
     if started and _hashes(inputs.loaded.files) != data:
         raise InputError(f"{config.data} has changed since {run.root} was started; tune into a new folder")
@@ -228,47 +215,11 @@ def _go_on(run: RunFolder) -> RunFolder:
 
 
 def read_config(recorded: dict[str, Any]) -> TuneConfig:
-    """Return the settings that a manifest holds. Raises TypeError or AttributeError for others, InputError as `check` does."""
+    """Return the settings that a manifest holds. Raises TypeError or AttributeError for others, InputError as `check_tune` does."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
     config = TuneConfig(**values)
-    check(config)
+    check_tune(config)
     return config
-
-
-def check(config: TuneConfig) -> None:
-    """Raise InputError for a setting out of its range, or two that exclude each other, naming them."""
-    for name, kind in get_type_hints(TuneConfig).items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise InputError(f"{name} is {value}; it must be one of {', '.join(get_args(kind))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name} is {value}; it must be a finite number")
-    for name in (
-        "max_length",
-        "learning_rate",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "lora_r",
-        "lora_alpha",
-        "loraplus_lr_ratio",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "max_grad_norm",
-    ):
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0")
-    for name in ("max_steps", "max_minutes", "weight_decay", "early_stopping_patience"):
-        if not getattr(config, name) >= 0:
-            raise InputError(f"{name} is {getattr(config, name)}; it must not be negative")
-    for name in ("lora_dropout", "warmup_ratio", "validation_share", "heldout_share"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
-    if not 0 <= config.seed <= LARGEST_SEED:
-        raise InputError(f"seed is {config.seed}; it must be from 0 to {LARGEST_SEED}")
-    if config.use_dora and config.init_lora_weights == "pissa":
-        raise InputError("use_dora and init_lora_weights pissa exclude each other: choose one")
 
 
 def _read(config: TuneConfig) -> Inputs:
@@ -351,9 +302,9 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             f"{sum(p.numel() for p in learner.parameters.values()) / 1e6:.1f} M trained parameters"
         )
         _say_plain(learner.scorer.plain)
-        validation = pack_all(prepared.validation, max_tokens=learner.scorer.packed_tokens, share=learner.scorer.fast)
+        validation = pack_all(prepared.validation, max_tokens=learner.scorer.packed_tokens, share=learner.scorer.shares)
         newest = checkpoint.latest(run)
-        state = _restore(run, learner, newest) if newest else _first_state(run, learner, prepared, validation)
+        state = _restore(run, learner, prepared, newest) if newest else _first_state(run, learner, prepared, validation)
         trackers = Trackers.open(run, config, first_step=state.step)
         state = _take_steps(run, learner, prepared, validation, trackers, state)
         if _is_patience_spent(config, state):
@@ -375,17 +326,10 @@ def _with_remedies(run: RunFolder) -> Iterator[None]:
         raise MachineError(f"{error}{could_go(removable)}; then: lorikeet tune --resume {run.root}") from error
 
 
-def _restore(run: RunFolder, learner: Learner, newest: Path) -> checkpoint.State:
+def _restore(run: RunFolder, learner: Learner, prepared: Prepared, newest: Path) -> checkpoint.State:
     """Return the state of the checkpoint `newest`, from which the learner goes on."""
     state = checkpoint.restore(newest, learner.parameters, learner.optimizer, learner.scaler)
-    manifest, scorer = run.manifest(), learner.scorer
-    if manifest.get("compiled"):
-        why_not = scorer.compile(native=manifest["native"])
-        if why_not or scorer.native != manifest["native"]:
-            say(
-                f"what was compiled before is not: {why_not or scorer.plain[-1]}; from here on the run is slower, and not bit "
-                "for bit what it would have been"
-            )
+    _compile_again(run, learner, prepared)
     _keep_metrics_until(run, state.step)
     say(f"going on from step {state.step} of {state.total_steps}")
     return state
@@ -404,10 +348,18 @@ def _first_state(run: RunFolder, learner: Learner, prepared: Prepared, validatio
     forecast = measure(learner.scorer, prepared.train, config, steps=total, validation_tokens=validation_tokens)
     say(forecast.sentence(config))
     forecast.require(config, run.root)
-    run.update(
-        compiled=_compile(learner.scorer, config, forecast), native=learner.scorer.native, forecast=asdict(forecast)
-    )
-    run.update(dtype=learner.precision, device=learner.device.type, plain=learner.scorer.plain)
+    if "compiled" in run.manifest():  # it was stopped before its first checkpoint
+        _compile_again(run, learner, prepared)
+    else:
+        compiled = _pays(config, forecast) and _compile(learner, prepared)
+        run.update(
+            compiled=compiled,
+            native=learner.scorer.native,
+            forecast=asdict(forecast),
+            dtype=learner.precision,
+            device=learner.device.type,
+            plain=learner.scorer.plain,
+        )
     _keep_metrics_until(run, -1)
     state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
     before = time.monotonic()
@@ -440,7 +392,7 @@ def _take_steps(
         prepared.train,
         per_step=_per_step(config),
         max_tokens=learner.scorer.packed_tokens,
-        share=learner.scorer.fast,
+        share=learner.scorer.shares,
         seed=config.seed,
         first_step=state.step,
     )
@@ -498,17 +450,40 @@ def _take_step(
     }
 
 
-def _compile(scorer: Scorer, config: TuneConfig, forecast: Forecast) -> bool:
-    """Compile the blocks if that is asked for, or pays; return whether they are, and say why they are not."""
+def _pays(config: TuneConfig, forecast: Forecast) -> bool:
+    """Return whether blocks are to be compiled: it was asked for, or saves more time than it takes."""
     lasts_s = min(forecast.seconds, config.max_minutes * 60 or forecast.seconds)
-    if config.torch_compile == "off" or (config.torch_compile == "auto" and lasts_s < COMPILE_FROM_S):
-        return False
-    say("blocks are compiled: half a minute in all, now and in the first step")
+    return config.torch_compile == "on" or (config.torch_compile == "auto" and lasts_s >= COMPILE_FROM_S)
+
+
+def _compile(learner: Learner, prepared: Prepared) -> bool:
+    """Compile the blocks; return whether they are, and say why they are not."""
+    say("compiling the blocks: half a minute")
+    scorer = learner.scorer
     known = len(scorer.plain)
-    if why_not := scorer.compile():
+    if why_not := scorer.compile(_compiled_for(learner, prepared)):
         say(f"blocks are not compiled: {why_not}")
     _say_plain(scorer.plain[known:])
     return not why_not
+
+
+def _compile_again(run: RunFolder, learner: Learner, prepared: Prepared) -> None:
+    """Compile what the run was started with compiled, and say so where that cannot be."""
+    manifest, scorer = run.manifest(), learner.scorer
+    if not manifest.get("compiled"):
+        return
+    why_not = scorer.compile(_compiled_for(learner, prepared), native=manifest["native"])
+    if why_not or scorer.native != manifest["native"]:
+        say(
+            f"what was compiled before is not: {why_not or scorer.plain[-1]}; from here on the run is slower, and not bit "
+            "for bit what it would have been"
+        )
+
+
+def _compiled_for(learner: Learner, prepared: Prepared) -> Batch:
+    """Return the micro-batch that blocks are compiled with: always the same one of a run, since the code depends on it."""
+    rows = prepared.train[: _per_step(learner.config)]
+    return pack_all(rows, max_tokens=learner.scorer.packed_tokens, share=learner.scorer.shares)[-1]
 
 
 def _say_plain(reasons: Sequence[str]) -> None:
@@ -550,6 +525,7 @@ def _finish(run: RunFolder, learner: Learner, prepared: Prepared, state: checkpo
             "tokens": state.tokens,
             "tokens_per_s": round(sum(r.get("tokens", 0) for r in rows) / max(1e-9, sum(_step_s(r) for r in rows)), 1),
             "peak_rss_bytes": resident_bytes(peak=True),
+            "gpu": learner.gpu,
         },
     )
     say(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lorikeet.errors import printable
+
 GREEN, ORANGE, GREY = "#1b7f5c", "#e4572e", "#8a939b"
 
 
@@ -36,7 +38,9 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
             color=ORANGE,
             arrowprops={"arrowstyle": "-", "color": ORANGE},
         )
-    axes.set(title=title, xlabel="step", ylabel="loss (nats a supervised token)")
+    # A path may hold dollars, which would be read as formulas, and bytes that are no text.
+    axes.set_title(printable(title.encode("utf-8", "replace").decode()), parse_math=False)
+    axes.set(xlabel="step", ylabel="loss (nats a supervised token)")
     axes.grid(color=GREY, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

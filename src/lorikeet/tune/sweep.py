@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import optuna
 
-from lorikeet.config import TuneConfig
+from lorikeet.config import TuneConfig, check_tune
 from lorikeet.errors import InputError, Interrupted
 from lorikeet.files import alone, atomic_file, write_atomic
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
+from lorikeet.tune.forecast import TooLargeError
 from lorikeet.tune.plot import plot_sweep
 from lorikeet.tune.progress import say
 from lorikeet.tune.stop import stoppable
@@ -43,6 +45,11 @@ INCOMPARABLE = {
 }
 """Fields that cannot be swept, and why."""
 
+MOST_COMBINATIONS = 10_000
+"""A larger space is no small sweep."""
+
+NUMBERS = {int: "a whole number", float: "a number"}
+
 Space = dict[str, list[Any]]
 
 
@@ -52,7 +59,7 @@ class Trial:
 
     values: dict[str, Any]
     loss: float | None
-    """Best validation loss; None if it diverged."""
+    """Best validation loss; None if it diverged or does not fit into memory."""
     best_step: int
     seconds: float
     why: str
@@ -62,9 +69,10 @@ class Trial:
 def parse_space(specs: Sequence[str]) -> Space:
     """Return what `FIELD=V1,V2,...` names, each value of its field's type.
 
-    Raises InputError for a field that there is not or that makes runs incomparable, and for values of another type.
+    Raises InputError for a field that there is not, is given twice or makes runs incomparable, for values of another type,
+    and for more combinations than a small sweep has.
     """
-    defaults = {field.name: field.default for field in fields(TuneConfig)}
+    kinds = get_type_hints(TuneConfig)
     space: Space = {}
     for spec in specs:
         name, equals, values = spec.partition("=")
@@ -73,35 +81,41 @@ def parse_space(specs: Sequence[str]) -> Space:
             raise InputError(f"--sweep {spec} names no values; write FIELD=V1,V2 such as learning_rate=1e-4,3e-4,1e-3")
         if name in INCOMPARABLE:
             raise InputError(f"--sweep {name}: {INCOMPARABLE[name]}")
-        if name not in defaults or isinstance(defaults[name], tuple):
-            nearest = get_close_matches(name, defaults, n=1)
+        if name in space:
+            raise InputError(f"--sweep {name} is given twice; give its values in one: {name}=V1,V2")
+        if name not in kinds or get_origin(kinds[name]) is tuple:
+            nearest = get_close_matches(name, kinds, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "see: lorikeet tune --help"
             raise InputError(f"--sweep {name}: tune has no such setting that can be swept; {hint}")
-        space[name] = list(dict.fromkeys(_value(name, text.strip(), defaults[name]) for text in values.split(",")))
+        space[name] = list(dict.fromkeys(_value(name, text.strip(), kinds[name]) for text in values.split(",")))
+    if (size := math.prod(map(len, space.values()))) > MOST_COMBINATIONS:
+        raise InputError(f"--sweep has {size} combinations; give at most {MOST_COMBINATIONS}")
     return space
 
 
-def _value(name: str, text: str, default: Any) -> Any:
-    """Return `text` as the type of the field's default."""
-    if isinstance(default, bool):
+def _value(name: str, text: str, kind: Any) -> Any:
+    """Return `text` as the type of the field, whose choices are checked with all settings."""
+    if kind is bool:
         if text.lower() not in {"true", "false"}:
             raise InputError(f"--sweep {name}: {text} is not true or false")
         return text.lower() == "true"
+    if kind not in NUMBERS:
+        return text
     try:
-        return type(default)(text)
+        return kind(text)
     except ValueError as error:
-        raise InputError(f"--sweep {name}: {text} is not a {type(default).__name__}") from error
+        raise InputError(f"--sweep {name}: {text} is not {NUMBERS[kind]}") from error
 
 
 def sweep(config: TuneConfig, specs: Sequence[str], *, trials: int, out: Path) -> Path:
     """Run the trials in the new folder `out` and return the best one's run folder.
 
     All combinations are run; with `trials` above 0 at most so many, chosen by Optuna's TPE sampler (Bergstra et al.,
-    2011) from those before. Raises InputError for settings that cannot be tuned.
+    2011) from those before, none twice. Raises InputError for settings that cannot be tuned.
     """
     space = parse_space(specs)
     for values in _combinations(space):
-        loop.check(replace(config, **values))
+        check_tune(replace(config, **values))
     RunFolder.require_free(out)
     settings = {"config": asdict(config), "space": space, "trials": trials, "done": []}
     write_atomic(out / SWEEP, json.dumps(settings, indent=2) + "\n")
@@ -142,8 +156,7 @@ def _run_trials(out: Path) -> list[Trial]:
         for values in combinations:
             study.enqueue_trial(values)
     for number in range(total):
-        asked = study.ask()
-        values = {name: asked.suggest_categorical(name, choices) for name, choices in space.items()}
+        asked, values = _ask(study, space, [trial.values for trial in done[:number]])
         if number == len(done):
             said = ", ".join(
                 f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
@@ -160,12 +173,25 @@ def _run_trials(out: Path) -> list[Trial]:
     return done
 
 
+def _ask(
+    study: optuna.Study, space: Space, tried: Sequence[dict[str, Any]]
+) -> tuple[optuna.trial.Trial, dict[str, Any]]:
+    """Return a trial and its values, which are none of those `tried`: where the sampler repeats itself, the first of the others."""
+    while True:
+        asked = study.ask()
+        values = {name: asked.suggest_categorical(name, choices) for name, choices in space.items()}
+        if values not in tried:
+            return asked, values
+        study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(next(others for others in _combinations(space) if others not in tried))
+
+
 def _combinations(space: Space) -> list[dict[str, Any]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
 def _run_trial(config: TuneConfig, root: Path, values: dict[str, Any]) -> Trial:
-    """Tune in `root`, going on where an interrupted trial was; a run that diverges is a trial without a loss."""
+    """Tune in `root`, going on where an interrupted trial was; a run that diverges or does not fit is a trial without a loss."""
     try:
         if (root / "run.json").is_file():
             run = RunFolder.open(root)
@@ -174,7 +200,7 @@ def _run_trial(config: TuneConfig, root: Path, values: dict[str, Any]) -> Trial:
         else:
             shutil.rmtree(root, ignore_errors=True)
             run = loop.tune(config, out=root)
-    except loop.DivergedError as error:
+    except (loop.DivergedError, TooLargeError) as error:
         return Trial(values, None, 0, 0.0, str(error))
     tuned = run.manifest()["tuned"]
     return Trial(values, tuned["best_val_loss"], tuned["best_step"], tuned["elapsed_s"], "")
@@ -188,6 +214,9 @@ def _report(out: Path, done: Sequence[Trial]) -> Path:
     best = min(good)[1]
     for line in table(done, best=best):
         print(line)
+    for number, trial in enumerate(done):
+        if trial.why:
+            print(f"trial {number:03d} has no loss: {trial.why}")
     curves = [RunFolder(out / f"trial-{number:03d}").metrics() for number in range(len(done))]
     with atomic_file(out / "reports" / "sweep.png") as path:
         plot_sweep([(t.values, t.loss) for t in done], curves, path, best=best)
@@ -207,7 +236,7 @@ def table(done: Sequence[Trial], *, best: int) -> list[str]:
                 f"{trial.values[name]:g}" if isinstance(trial.values[name], float) else str(trial.values[name])
                 for name in names
             ),
-            "diverged" if trial.loss is None else f"{trial.loss:.4f}",
+            "none" if trial.loss is None else f"{trial.loss:.4f}",
             str(trial.best_step),
             f"{trial.seconds / 60:.1f}",
         ]

@@ -10,11 +10,12 @@ A tracker that fails is closed with one line; the run goes on. `metrics.jsonl` i
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import netrc
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -126,6 +127,13 @@ class Trackio:
         with _quiet():
             self._run.log({f"summary/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
             trackio.finish()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise MissingExtraError if the library of one of these trackers is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, "track")
 
 
 class Trackers:
