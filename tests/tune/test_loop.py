@@ -222,6 +222,18 @@ def test_bad_settings_leave_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_has_no_memory_from_the_start_leaves_nothing_behind(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(loop.Learner, "load", full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        loop.tune(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_is_there_is_not_touched(config: TuneConfig, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="is there already"):

@@ -26,7 +26,7 @@ from lorikeet.data.clean import Split, common_system, deduplicate, split
 from lorikeet.data.encode import Encoding, encode_all
 from lorikeet.data.inspect import inspect_data, write_page
 from lorikeet.data.load import PREFERENCE, Loaded, load_conversations
-from lorikeet.errors import InputError, Interrupted, MachineError
+from lorikeet.errors import InputError, Interrupted, MachineError, is_out_of_memory
 from lorikeet.files import (
     alone,
     atomic_file,
@@ -113,8 +113,9 @@ def tune(config: TuneConfig, *, out: Path) -> RunFolder:
             run = RunFolder.create(out, config={"tune": asdict(config)})
             try:
                 return _start(run, config, inputs, prepared, counts)
-            except (InputError, MachineError):
-                if checkpoint.latest(run) is None:
+            except Exception as error:
+                refused = isinstance(error, InputError | MachineError) or is_out_of_memory(error)
+                if refused and checkpoint.latest(run) is None:
                     shutil.rmtree(out, ignore_errors=True)  # nothing is in it but settings, and its name is free
                 raise
 
