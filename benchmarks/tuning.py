@@ -124,6 +124,7 @@ def ours(rows: list[list[Any]], *, compiled: bool, share: bool) -> tuple[list[fl
 
     config = TuneConfig(learning_rate=RATE, weight_decay=0.0, seed=7)
     learner = Learner.load(config, resolve_model("smollm2-135m-instruct"))
+    share = share and learner.scorer.shares
     first = pack_all(rows[0], max_tokens=config.max_length, share=share)
     if compiled and (why := learner.scorer.compile(first[-1])):
         raise SystemExit(why)

@@ -36,7 +36,9 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     ("arguments", "message"),
     [
         (["tune", "--learning-rat", "1"], "Did you mean --learning-rate?"),
-        (["tune", "--max-length", "long"], 'unable to convert "long" into int'),
+        (["tune", "--max-length", "long"], '"long" is no whole number'),
+        (["tune", "--lora-r", "8.5"], '"8.5" is no whole number'),
+        (["tune", "--lora-r", "1.0e400"], '"1.0e400" is no whole number'),
         (["tune", "--on-long", "cut"], "Choose from"),
         (["tune", "--data", "nope.jsonl"], "nope.jsonl is not there"),
         (["tune", "--config", "nope.toml"], "--config nope.toml is not there"),
@@ -53,7 +55,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
         (["serve", "nope"], "nope is not there"),
         (["serve", "n" * 400], "File name too long; name another path"),
         (["export", "n" * 400], "File name too long; name another path"),
-        (["serve", "x", "--port", "http"], 'unable to convert "http" into int'),
+        (["serve", "x", "--port", "http"], '"http" is no whole number'),
         (["quickstart", "--minutes", "0"], "--minutes is 0.0; it must be above 0"),
     ],
 )
@@ -115,6 +117,18 @@ def test_the_recipes_are_whole(path: Path) -> None:
         assert config == RECIPE
     else:
         assert config == TuneConfig(), "the defaults are this recipe"
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shut(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", shut)
+    code, out, err = run("chat", "/shut/model.gguf", capsys=capsys)
+    assert (code, out) == (3, "")
+    assert err == "lorikeet: /shut/model.gguf/run.json: Permission denied; fix its rights\n"
 
 
 def test_the_weights_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,9 +27,10 @@ from lorikeet.config import (
     ServeConfig,
     TuneConfig,
     VerifyConfig,
+    Whole,
     check_tune,
 )
-from lorikeet.errors import InputError, LorikeetError, is_out_of_memory, printable
+from lorikeet.errors import InputError, LorikeetError, MachineError, is_out_of_memory, printable
 from lorikeet.files import NO_SUCH_PLACE, expanded
 
 app = App(
@@ -74,12 +75,12 @@ def inspect(
     data: str,
     *,
     model: str = PACKAGED_MODEL,
-    max_length: int = TuneConfig.max_length,
+    max_length: Whole = TuneConfig.max_length,
     on_long: Literal["error", "truncate", "drop"] = TuneConfig.on_long,
     system_prompt: str = "",
     validation_share: float = TuneConfig.validation_share,
     heldout_share: float = TuneConfig.heldout_share,
-    seed: int = TuneConfig.seed,
+    seed: Whole = TuneConfig.seed,
     against: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     out: Path | None = None,
     json: Json = False,
@@ -144,7 +145,7 @@ def tune(
     out: Path | None = None,
     resume: Path | None = None,
     sweep: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    sweep_trials: int = 0,
+    sweep_trials: Whole = 0,
 ) -> int:
     """Tune a base model with LoRA on conversations.
 
@@ -293,7 +294,7 @@ def publish(
 
 
 @app.command
-def chat(target: str, *, system: str | None = None, max_tokens: int = 512, temperature: float = 0.3) -> int:
+def chat(target: str, *, system: str | None = None, max_tokens: Whole = 512, temperature: float = 0.3) -> int:
     """Talk with a run, a GGUF file, a model or a server, in the terminal.
 
     Parameters
@@ -438,7 +439,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in NO_SUCH_PLACE and error.filename:
             return _fail(f"{error.filename}: {error.strerror}; name another path", code=InputError.exit_code)
         if isinstance(error, PermissionError) and error.filename:
-            return _fail(f"{error.filename}: {error.strerror}; fix its rights", code=InputError.exit_code)
+            return _fail(f"{error.filename}: {error.strerror}; fix its rights", code=MachineError.exit_code)
         if not is_out_of_memory(error):
             raise
         return _fail("out of memory; what was there is kept: close other programs and try again", code=3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
@@ -43,12 +44,23 @@ def _split(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     return items
 
 
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    """Return a whole number; `8.5` is none, which would else be rounded without a word."""
+    try:
+        return int(tokens[0].value)
+    except ValueError as error:
+        raise ValueError(f'"{tokens[0].value}" is no whole number') from error
+
+
 def require_positive(config: Any, *names: str) -> None:
     """Raise InputError, naming the flag, if one of these whole numbers of a stage's settings is below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 1 or more")
 
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+"""A flag that takes a whole number."""
 
 COMMAS = Parameter(converter=_split, consume_multiple=True, n_tokens=1, negative=())
 """A flag that takes several values separated by commas."""
@@ -65,7 +77,7 @@ class TuneConfig:
     """Conversations: `spoken`, a hub id, or a JSON, JSONL, Parquet or CSV file."""
     system_prompt: str = ""
     """System turn for conversations without one; '' for none (those of `spoken` have their own)."""
-    max_length: int = 2048
+    max_length: Whole = 2048
     """Longest conversation in tokens."""
     on_long: Literal["error", "truncate", "drop"] = "truncate"
     """What happens to conversations that are longer."""
@@ -77,14 +89,14 @@ class TuneConfig:
     """Peak learning rate."""
     epochs: float = 1.0
     """Passes over the data."""
-    max_steps: int = 0
+    max_steps: Whole = 0
     """Steps to take, whatever `epochs` says; 0 to go by `epochs`."""
     max_minutes: float = 0.0
     """Stop tuning after this time; the schedule is fitted to it. 0 for no bound."""
-    batch_size: int = 4
+    batch_size: Whole = 4
     """Times `gradient_accumulation_steps`: the conversations of a step. They are computed in rows of up to `max_length`
     tokens, as many conversations in each as fit, which changes no sum and bounds the memory."""
-    gradient_accumulation_steps: int = 2
+    gradient_accumulation_steps: Whole = 2
     """Times `batch_size`: the conversations of a step, weighed by supervised tokens."""
     warmup_ratio: float = 0.01
     """Share of the steps in which the learning rate rises."""
@@ -92,7 +104,7 @@ class TuneConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled to at most this norm."""
-    lora_r: int = 16
+    lora_r: Whole = 16
     """Rank of the adapter."""
     lora_alpha: float = 16
     """The adapter's output is scaled by lora_alpha / lora_r."""
@@ -124,19 +136,19 @@ class TuneConfig:
     """AdamW, or with its moments in 8 bits (bitsandbytes)."""
     load_in_4bit: bool = False
     """Keep the base's weights in 4 bits (QLoRA, arXiv 2305.14314; bitsandbytes; needs a GPU)."""
-    early_stopping_patience: int = 0
+    early_stopping_patience: Whole = 0
     """Stop after so many validations without improvement; 0 never."""
-    eval_steps: int = 50
+    eval_steps: Whole = 50
     """Validate every so many steps."""
-    save_steps: int = 50
+    save_steps: Whole = 50
     """Write a checkpoint every so many steps."""
-    save_total_limit: int = 2
+    save_total_limit: Whole = 2
     """How many of the newest checkpoints stay (the best one stays besides)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type; auto is bfloat16 where the hardware has it natively, else float16 on a GPU and float32 on a CPU."""
     track: Annotated[tuple[Literal["wandb", "trackio", "tensorboard"], ...], COMMAS] = ()
     """Experiment trackers, separated by commas; offline unless a login is there."""
-    seed: int = 3407
+    seed: Whole = 3407
     """Seed of the split, the order, the adapter's start and dropout."""
 
 
@@ -147,9 +159,15 @@ LARGEST_NUMBER = 10**9
 """The largest value of any other setting of a tuning."""
 
 
+@cache
+def tune_types() -> dict[str, Any]:
+    """Return the type of every setting of a tuning."""
+    return get_type_hints(TuneConfig)
+
+
 def check_tune(config: TuneConfig) -> None:
     """Raise InputError for a setting out of its range, or two that exclude each other, naming them."""
-    for name, kind in get_type_hints(TuneConfig).items():
+    for name, kind in tune_types().items():
         value = getattr(config, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise InputError(f"{name} is {value}; it must be one of {', '.join(get_args(kind))}")
@@ -212,11 +230,11 @@ class ExportConfig:
 class VerifyConfig:
     """How much the parity certificate compares."""
 
-    conversations: int = 12
+    conversations: Whole = 12
     """Held-out conversations whose predictions are compared, the first ones of the file."""
-    answers: int = 4
+    answers: Whole = 4
     """Questions answered greedily by every artefact, side by side."""
-    answer_tokens: int = 32
+    answer_tokens: Whole = 32
     """Longest of these answers."""
 
 
@@ -227,18 +245,18 @@ class ProveConfig:
 
     quant: Quant = "q8_0"
     """The GGUF type that is compared and then served."""
-    answers: int = 12
+    answers: Whole = 12
     """Held-out questions answered by both models, side by side."""
-    max_answer_tokens: int = 120
+    max_answer_tokens: Whole = 120
     """Longest answer to a held-out question."""
     ifeval: str = ""
     """A JSONL file in IFEval's layout, asked in place of the packaged prompts with instructions; answers are kept, so that a
     run that was cut goes on."""
-    max_instruction_tokens: int = 96
+    max_instruction_tokens: Whole = 96
     """Longest answer to a prompt with instructions; IFEval itself is asked with 1280."""
     speech: bool = True
     """Speak answers and hear them again, if the speech extra is here."""
-    resamples: int = 10_000
+    resamples: Whole = 10_000
     """Resamples of the paired bootstrap."""
 
 
@@ -249,7 +267,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on; another than loopback needs --api-key or --public."""
-    port: int = 7860
+    port: Whole = 7860
     """Port to listen on; 0 takes a free one."""
     api_key: str | None = None
     """Key that every route but /health asks for."""
@@ -273,15 +291,15 @@ class ServeConfig:
     """Text to speech: hibari (packaged), kokoro:FOLDER[@SPEAKER], coqui, coqui:FOLDER, tts_models/..., or off."""
     memory: str = ""
     """A file to keep conversations, ratings and corrections in; without it nothing is kept."""
-    memory_days: int = 0
+    memory_days: Whole = 0
     """Kept conversations are deleted so many days after they began; 0 keeps them until they are deleted."""
-    context_tokens: int = 4096
+    context_tokens: Whole = 4096
     """Longest conversation, prompt and answer together."""
-    slots: int = 4
+    slots: Whole = 4
     """How many written requests are answered at once; a spoken one has a slot besides."""
-    queue: int = 32
+    queue: Whole = 32
     """How many more may wait; beyond that the answer is 503."""
-    max_answer_tokens: int = 512
+    max_answer_tokens: Whole = 512
     """Longest answer unless the request says otherwise; with --public longest of all."""
     temperature: float = 0.3
     """Sampling temperature unless the request says otherwise."""

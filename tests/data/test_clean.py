@@ -51,9 +51,27 @@ def test_where_every_question_opens_several_the_parts_are_the_smallest_that_will
     rows = [row for n in range(6) for row in alike(f"question {n}", 10 + n)]
     parts = split(rows, validation_share=0.05, heldout_share=0.05, seed=1)
     assert sorted((len(parts.heldout), len(parts.validation))) == [10, 11]
-    for few in ([*alike("a", 40)], [*alike("a", 200), *alike("b", 200), *alike("c", 200)]):
+    for few in ([*alike("a", 40)], [*alike("a", 200), *alike("b", 200)], [*alike("a", 30), *alike("b", 7)]):
         with pytest.raises(InputError, match="open with the same few questions, so none can be held out"):
             split(few, validation_share=0.05, heldout_share=0.05, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([150] * 10, (150, 150, 1200)),
+        ([7] + [95] * 10, (95, 95, 767)),
+        ([3, 3, 3] + [20] * 5, (9, 20, 80)),
+        ([9, 9, 9], (9, 9, 9)),
+    ],
+)
+def test_a_part_is_as_large_as_it_must_be_where_questions_open_many(
+    sizes: list[int], expected: tuple[int, int, int]
+) -> None:
+    rows = [row for n, size in enumerate(sizes) for row in alike(f"question {n}", size)]
+    for seed in range(10):
+        parts = split(rows, validation_share=0.01, heldout_share=0.01, seed=seed)
+        assert (len(parts.heldout), len(parts.validation), len(parts.train)) == expected
 
 
 def test_too_few_are_refused() -> None:

@@ -63,7 +63,11 @@ def test_a_folder_of_files_is_read_as_a_dataset_would_be(tmp_path: Path) -> None
         (["train/0000.jsonl", "test/0000.jsonl"], 1),
         (["my_train.jsonl", "my_test.jsonl"], 1),
         (["training.jsonl", "test.jsonl"], 1),
-        (["constraints.jsonl", "trains.jsonl", "chats.jsonl"], 3),
+        (["training-data/train.jsonl", "training-data/test.jsonl"], 1),
+        (["trainset.jsonl", "testset.jsonl"], 1),
+        (["SFTTrain.jsonl", "SFTTest.jsonl"], 1),
+        (["TRAIN.jsonl", "TEST.jsonl"], 1),
+        (["constraints.jsonl", "strained.jsonl", "chats.jsonl"], 3),
     ],
 )
 def test_the_training_part_is_told_by_a_word_of_its_path(tmp_path: Path, names: list[str], read: int) -> None:
@@ -354,6 +358,15 @@ def test_a_missing_value_that_a_program_wrote_as_nan_is_none(tmp_path: Path) -> 
     path.write_text('{"instruction": "hi", "input": NaN, "system": Infinity, "output": "hello"}\n')
     (conversation,) = load_conversations(str(path)).conversations
     assert [m.content for m in conversation.messages] == ["hi", "hello"]
+
+
+def test_what_parquet_fills_in_is_as_good_as_not_there(tmp_path: Path) -> None:
+    turns = [{**turn, "function_call": {"name": None, "arguments": None}} for turn in MESSAGES["messages"]]
+    rows = [{"messages": turns, "system": float("nan")}] * 3
+    loaded = load_conversations(str(save(tmp_path / "padded.parquet", rows)))
+    assert [[m.content for m in c.messages] for c in loaded.conversations] == [["hi", "hello"]] * 3
+    (kept,) = load_conversations(str(save(tmp_path / "false.jsonl", [MESSAGES | {"system": False}]))).conversations
+    assert [m.content for m in kept.messages] == ["hi", "hello"]
 
 
 def test_a_turn_of_weight_0_is_context(tmp_path: Path) -> None:

@@ -394,12 +394,17 @@ def test_stores_of_products_are_bounded_unless_somebody_has_set_them(
         assert {name: fast.os.environ.get(name) for name in stores} == {**stores, **given}
 
 
+@pytest.mark.parametrize(
+    "said", ["x.cpp:3: fatal error: no space left", "cc1plus: out of memory allocating 65536 bytes"]
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
 def test_a_compiler_that_fails_leaves_the_blocks_as_they_are_and_why_is_said(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
+    if fast._no_compiler(CPU):
+        pytest.skip("there is no compiler here that could fail")
     broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho error: no space left >&2\nexit 1\n")
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exec g++ "$@";; esac\necho "{said}" >&2\nexit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -411,7 +416,7 @@ def test_a_compiler_that_fails_leaves_the_blocks_as_they_are_and_why_is_said(
     torch._dynamo.reset()
     with inductor.patch({"cpp.cxx": (None, str(broken))}):  # it may have read CXX already
         why_not = scorer.compile(batch)
-    assert why_not and "\n" not in why_not and len(why_not) <= fast.LONGEST_REASON
+    assert why_not == said
     assert not scorer.native and scorer.plain == []
     assert all(block._compiled_call_impl is None for block in model.get_base_model().model.layers)
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
@@ -537,6 +542,24 @@ def test_flash_attention_that_fails_or_is_wrong_is_not_used(monkeypatch: pytest.
     monkeypatch.setattr(attention.varlen, "varlen_attn", one_key_more)
     assert "is off by" in attention.why_no_flash(*given, **HEADS)
     assert "is off by" in attention.why_no_flash(*given, **HEADS, window=40)
+
+    def without_window(*parts: Any, window_size: tuple[int, int], **more: Any) -> torch.Tensor:
+        return varlen_attn(*parts, window_size=(-1, 0), **more)
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", without_window)
+    assert attention.why_no_flash(*given, **HEADS) == ""
+    assert "is off by" in attention.why_no_flash(*given, **HEADS, window=4096)
+
+
+def test_flash_attention_that_has_no_memory_is_not_taken_for_one_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.why_no_flash(CPU, torch.bfloat16, **HEADS)
 
 
 def test_a_model_whose_attention_is_flash_attention_scores_the_same(

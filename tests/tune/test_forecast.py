@@ -13,6 +13,7 @@ from lorikeet.cli import run as run_cli
 from lorikeet.config import TuneConfig
 from lorikeet.data.encode import encode_all
 from lorikeet.errors import MachineError
+from lorikeet.messages import Conversation, Message
 from lorikeet.prompt import PromptFormat
 from lorikeet.tune import forecast
 from lorikeet.tune.adapter import apply_lora, load_base
@@ -71,14 +72,31 @@ def test_nothing_is_tried_that_would_not_fit(tiny_model: Path, monkeypatch: pyte
         return time_step(scorer, batch)
 
     monkeypatch.setattr(forecast, "_time_step", noted)
-    monkeypatch.setattr(forecast, "FEW", 8)
-    _, plenty = measured(tiny_model, TuneConfig())
-    assert min(tried) > 8
-    tried.clear()
-    monkeypatch.setattr(forecast, "available_bytes", lambda _: plenty.memory_bytes - plenty.fixed_bytes - 1)
-    monkeypatch.setattr(forecast, "MARGIN", 1e6)  # this process holds more by now than it did
-    _, tight = measured(tiny_model, TuneConfig())
-    assert set(tried) == {7} and tight.tokens_per_s > 0  # the eighth is predicted alone
+    monkeypatch.setattr(forecast, "FEW", 16)
+    monkeypatch.setattr(forecast, "resident_bytes", lambda: 0)
+    _, plenty = measured(tiny_model, TuneConfig(lora_dropout=0.0))
+    largest = max(tried)
+    assert largest > 15
+    for spare, expected in ((1.5, largest), (0.5, 15)):  # the sixteenth token is only predicted
+        tried.clear()
+        room = plenty.at(largest, plenty.bytes_per_token) - plenty.fixed_bytes
+        monkeypatch.setattr(forecast, "available_bytes", lambda _, r=room * spare: plenty.fixed_bytes + int(r))
+        _, found = measured(tiny_model, TuneConfig(lora_dropout=0.0))
+        assert max(tried) == expected and found.tokens_per_s > 0
+
+
+def test_what_is_kept_once_is_no_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the adapter in another type is kept whatever the length, and a short conversation is no measure."""
+    long = make_conversations(30)
+    short = Conversation((Message("user", "a"), Message("assistant", "b")))
+    prompt, config, found = PromptFormat.load(tiny_model), TuneConfig(lora_dropout=0.0, lora_r=64), []
+    for few, conversations in ((32, long), (8, long), (32, [*long, short])):
+        monkeypatch.setattr(forecast, "FEW", few)
+        rows = encode_all(prompt, conversations, max_length=200, on_long="error").rows
+        model = apply_lora(load_base(tiny_model, torch.bfloat16, CPU), config)
+        scorer = Scorer.build(model, config, dtype=torch.bfloat16)
+        found.append(measure(scorer, rows, config, steps=10, validation_tokens=100).checkpointed_bytes_per_token)
+    assert found[1:] == [pytest.approx(found[0], rel=0.5)] * 2
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_would(tiny_model: Path, tmp_path: Path) -> None:

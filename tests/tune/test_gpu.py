@@ -11,6 +11,7 @@ import torch
 
 from lorikeet.config import TuneConfig
 from lorikeet.errors import Interrupted
+from lorikeet.messages import Conversation, Message
 from lorikeet.tune import forecast, loop
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
 from lorikeet.tune.attention import why_no_flash
@@ -38,7 +39,11 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(wide_model: Path, tmp_path: Path) -> TuneConfig:
-    data = write_jsonl(tmp_path / "chats.jsonl", make_conversations(60))
+    rows = make_conversations(60)
+    rows += [  # longer than a block of keys of FlashAttention, which adds up the blocks' gradients in any order if it may
+        Conversation((Message("user", f"{n} " * 400), Message("assistant", "one two three " * 100))) for n in range(20)
+    ]
+    data = write_jsonl(tmp_path / "chats.jsonl", rows)
     return TuneConfig(
         model=str(wide_model), data=str(data), max_steps=6, learning_rate=1e-2, save_steps=2, eval_steps=3
     )

@@ -11,9 +11,9 @@ import pytest
 
 from lorikeet.cli import run as run_cli
 from lorikeet.config import TuneConfig
-from lorikeet.errors import InputError, Interrupted
+from lorikeet.errors import InputError, Interrupted, MachineError, MissingExtraError
 from lorikeet.run import RunFolder
-from lorikeet.tune import forecast, loop
+from lorikeet.tune import forecast, loop, track
 from lorikeet.tune import sweep as sweeps
 from lorikeet.tune.sweep import parse_space, resume_sweep, sweep
 
@@ -94,6 +94,17 @@ def test_a_run_that_does_not_fit_is_a_trial_without_a_loss(
     assert sweep(replace(config, max_steps=1), ["lora_r=8,4"], trials=0, out=out).name == "trial-001"
     first, second = json.loads((out / "sweep.json").read_text())["done"]
     assert first["loss"] is None and "tuning needs about" in first["why"] and second["loss"] > 0
+    with pytest.raises(MachineError, match=r"no trial of .* gave a loss: tuning needs about"):
+        sweep(replace(config, max_steps=1), ["lora_r=8"], trials=0, out=tmp_path / "t")
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match="wandb is not installed"):
+        sweep(replace(config, track=("wandb",)), ["lora_r=2,4"], trials=0, out=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 def test_no_combination_is_run_twice(config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

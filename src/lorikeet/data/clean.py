@@ -19,8 +19,6 @@ LEAST_PART = 8
 MOST_PART = 100
 LEAST_CONVERSATIONS = 3 * LEAST_PART
 
-ALIKE = "nearly all conversations open with the same few questions, so none can be held out; give varied data"
-
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -49,7 +47,7 @@ def split(conversations: Sequence[Conversation], *, validation_share: float, hel
     """Return distinct `conversations` in three parts; each share is at least 8 and at most 100 conversations.
 
     Conversations that open with the same question go to the same part, so none is tested on a question it was
-    trained on. Raises InputError if there are too few.
+    trained on; where every question opens many, a part is as large as it must be. Raises InputError if there are too few.
     """
     if len(conversations) < LEAST_CONVERSATIONS:
         raise InputError(
@@ -60,33 +58,37 @@ def split(conversations: Sequence[Conversation], *, validation_share: float, hel
     groups = [list(group) for _, group in groupby(keyed, key=_question)]
     heldout, groups = _take(groups, _part(heldout_share, len(keyed)))
     validation, groups = _take(groups, _part(validation_share, len(keyed)))
-    if not groups:
-        raise InputError(ALIKE)
-    return Split([conversation for group in groups for conversation in group], validation, heldout)
+    train = [conversation for group in groups for conversation in group]
+    if len(train) < LEAST_PART:
+        raise InputError(
+            "nearly all conversations open with the same few questions, so none can be held out; give varied data"
+        )
+    return Split(train, validation, heldout)
 
 
 def _take(groups: list[list[Conversation]], size: int) -> tuple[list[Conversation], list[list[Conversation]]]:
     """Return about `size` conversations, of whole groups in their order, and the groups that are left.
 
-    A group that is too large for what is missing is passed over; only where no others make a part is the smallest of them
-    taken. Raises InputError if that is more than any part may have.
+    A group that is too large for what is missing is passed over. Where the others are no part, the smallest that makes one
+    is taken: alone or, if fewer are then taken, with them.
     """
-    taken, left = list[list[Conversation]](), list[list[Conversation]]()
-    missing = size
+    taken, larger, missing = list[list[Conversation]](), list[list[Conversation]](), size
     for group in groups:
         if len(group) <= missing:
             taken.append(group)
             missing -= len(group)
         else:
-            left.append(group)
-    while left and size - missing < LEAST_PART:
-        smallest = min(left, key=len)
-        left.remove(smallest)
-        taken.append(smallest)
-        missing -= len(smallest)
-    if size - missing > MOST_PART:
-        raise InputError(ALIKE)
+            larger.append(group)
+    if size - missing < LEAST_PART:
+        ways = [[*taken, group] for group in larger] + [[group] for group in larger]
+        taken = min((way for way in ways if _count(way) >= LEAST_PART), key=_count, default=groups)
+    names = {id(group) for group in taken}
+    left = [group for group in groups if id(group) not in names]
     return [conversation for group in taken for conversation in group], left
+
+
+def _count(groups: Sequence[Sequence[Conversation]]) -> int:
+    return sum(map(len, groups))
 
 
 def _part(share: float, total: int) -> int:

@@ -35,8 +35,8 @@ MAX_ROW_BYTES = 8 << 20
 MOST_TURNS = 1000
 """A conversation of more turns is broken: the place of each answer is looked for in the whole, which takes a second by then."""
 
-TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
-"""What names the file or the folder of a dataset's training part."""
+TRAIN = re.compile(r"(?<![a-zA-Z])([Tt]rain|TRAIN)|(?<=[a-zA-Z])Train")
+"""What the name of a dataset's training part, a file or else a folder, has: a word that begins so."""
 
 PREFERENCE = "preference"
 """The layout of rows with `chosen` and `rejected` answers; the chosen ones are learned from."""
@@ -141,10 +141,10 @@ def _files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(file for pattern in DATA_PATTERNS for file in path.rglob(pattern) if _is_data(file))
-    train = [file for file in files if TRAIN.search(str(file.relative_to(path)))]
     if not files:
         raise InputError(f"{name} holds no JSON, JSONL, Parquet or CSV file; name a file of conversations")
-    return train or files
+    named = [file for file in files if TRAIN.search(file.name)]
+    return named or [file for file in files if TRAIN.search(str(file.parent.relative_to(path)))] or files
 
 
 def _is_data(file: Path) -> bool:
@@ -340,9 +340,22 @@ def _conversation(row: Any, where: str) -> tuple[str, Conversation]:
     )
 
 
+def _is_missing(value: Any) -> bool:
+    """Say whether a field is as good as not there: null, false, or the NaN that Parquet has where a program had no value."""
+    return value is None or value is False or value != value  # only NaN differs from itself
+
+
+def _calls_tool(turn: dict[str, Any]) -> bool:
+    """Say whether a turn calls a function; Parquet gives every turn the fields that one of them has, filled with nulls."""
+    call = turn.get("function_call")
+    if isinstance(call, dict):
+        call = any(value is not None for value in call.values())
+    return bool(turn.get("tool_calls") or call)
+
+
 def _led(row: dict[str, Any], messages: list[Message]) -> list[Message]:
     """Return the turns led by the row's field `system`, if it holds a text and they have no system turn of their own."""
-    system = _text(row["system"], "the field system") if row.get("system") is not None else ""
+    system = "" if _is_missing(row.get("system")) else _text(row["system"], "the field system")
     return [Message("system", system), *messages] if system.strip() and messages[0].role != "system" else messages
 
 
@@ -361,7 +374,7 @@ def _turns(turns: list[Any]) -> list[Message]:
             raise _RowError(f"turn {number} has no role; known are system, user and assistant")
         if name.lower() not in ROLES:
             raise _RowError(f"turn {number} has the role {name!r}; known are system, user and assistant")
-        if turn.get("tool_calls") or turn.get("function_call"):
+        if _calls_tool(turn):
             raise _RowError(f"turn {number} calls a tool, which cannot be learned yet")
         if turn.get("weight") not in (None, 0, 1):
             raise _RowError(f"turn {number} has the weight {turn['weight']!r}; known are 0 and 1")
@@ -434,7 +447,9 @@ def _as_turns(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
-    parts = [_text(row.get(key) or "", f"the field {key}") for key in ("instruction", "input")]
+    parts = [
+        "" if _is_missing(row.get(key)) else _text(row[key], f"the field {key}") for key in ("instruction", "input")
+    ]
     question = "\n\n".join(part for part in parts if part.strip())
     return [Message("user", question), Message("assistant", _text(row["output"], "the field output"))]
 

@@ -25,6 +25,8 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from lorikeet.errors import is_out_of_memory
+
 NAME = "lorikeet_documents"
 """What transformers knows this attention by."""
 
@@ -42,6 +44,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 AGREES = 0.02
 """FlashAttention may differ from `document_attention` by so much of the result: both round to 16 bits, at other places."""
+
+TRIED_WINDOW = 40
+"""The window with which FlashAttention is tried: any that hides some of the keys will do."""
 
 STARTS = 4
 """The gradients of the shared start that threads hold may take so many times the keys and values of the row."""
@@ -96,6 +101,7 @@ class Spans(NamedTuple):
     @classmethod
     def of(cls, documents: torch.Tensor, device: torch.device) -> Spans:
         """Return the spans of the bounds `documents`, the first of which is 0."""
+        assert not documents[0], "FlashAttention has no shared start"
         return cls(documents.to(device, torch.int32), int(documents.diff().max()))
 
 
@@ -370,8 +376,9 @@ def why_no_flash(
 ) -> str:
     """Return '' if FlashAttention is there on `device` for such heads and agrees with `document_attention`; else why not.
 
-    Three short documents go through both, forward and backward.
+    Three short documents go through both, forward and backward, with a window that is shorter than the longest.
     """
+    window = min(window, TRIED_WINDOW)
     if dtype not in HALF:
         return f"FlashAttention does not compute in {str(dtype).removeprefix('torch.')}"
     documents = torch.tensor([0, 5, 70, 200])
@@ -388,5 +395,7 @@ def why_no_flash(
         pairs = [(found, expected), *zip(*gradients, strict=True)]
         worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:  # what a card or a build lacks
+        if is_out_of_memory(error):
+            raise
         return f"FlashAttention is not to be had here: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return "" if worst <= AGREES else f"FlashAttention is off by {worst:.0%} here"

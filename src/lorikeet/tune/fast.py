@@ -11,7 +11,9 @@ allow a part, the plain one stays and `Scorer.plain` says why.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -42,6 +44,9 @@ on SmolLM2: 2.5 instead of 2.6 GB at the same speed; 0.8 takes 1.7 GB and a fift
 
 DEFAULT_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
 """The one that torch.compile takes where CXX names none."""
+
+COMPILER_SAYS = re.compile(r"(^|\s)(fatal )?error: |out of memory")
+"""The line in which a compiler says what is wrong."""
 
 LONGEST_REASON = 300
 """Of what a compiler says, so many characters are told to a person."""
@@ -116,8 +121,17 @@ def _why_no_flash(base: Any, dtype: torch.dtype) -> str:
 def _reason(error: BaseException) -> str:
     """Return in one line why compiling failed: what the compiler said, or the error's own first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = next((line for line in lines if "error:" in line.lower()), lines[0])
-    return f"{type(error).__name__}: {said}"[:LONGEST_REASON]
+    return next((line for line in lines if COMPILER_SAYS.search(line)), lines[0])[:LONGEST_REASON]
+
+
+def _is_compilers(error: BaseException) -> bool:
+    """Say whether a compiler failed, a process of its own whose lack of memory is not this one's."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, subprocess.SubprocessError) or "CppCompileError" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @dataclass
@@ -199,7 +213,7 @@ class Scorer:
                 self.summed_loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 self.mean_loss([batch], device=device)
         except Exception as error:  # whatever compilers, and what torch does with them, raise
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not _is_compilers(error):
                 raise
             for block in blocks:
                 block._compiled_call_impl = None

@@ -34,7 +34,7 @@ MARGIN = 1.1
 """What is measured and what is taken differ: allocators round up, and gradients come on top."""
 
 FEW = 256
-"""Tokens that are measured first: they tell whether more may be tried."""
+"""Tokens that are measured first, and half of them: they tell whether more may be tried."""
 
 SMALLEST_LENGTH = 64
 
@@ -157,8 +157,8 @@ def measure(
 ) -> Forecast:
     """Return the forecast of `steps` steps over `rows`, from micro-steps on some of them.
 
-    A short micro-batch tells what a token takes; typical ones are tried only where they fit by that. Gradients and the state
-    of every random generator are as before.
+    Two short micro-batches tell what a token takes, and what is taken whatever their length; typical ones are tried only
+    where they fit by that. Gradients and the state of every random generator are as before.
     """
     device = next(scorer.model.parameters()).device
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -170,10 +170,16 @@ def measure(
     fixed = held + 12 * weights + working_bytes(text.vocab_size, scorer.dtype, device)
     free = held + available_bytes(device)
 
-    layers = int(text.num_hidden_layers)
-    little = pack([_last_tokens(min(rows, key=lambda row: len(row.ids)))]).to(device)
+    little, half = (
+        pack([_last_tokens(max(rows, key=lambda row: len(row.ids)), count)]).to(device) for count in (FEW, FEW // 2)
+    )
     with scorer.probing([little]), _without_checkpointing(scorer.model):
-        each = _kept_bytes(scorer, little) / little.row_tokens
+        kept = [_kept_bytes(scorer, batch) for batch in (little, half)]
+    more = little.row_tokens - half.row_tokens
+    each = (kept[0] - kept[1]) / more if more else kept[0] / little.row_tokens
+    constant = max(0, int(kept[0] - each * little.row_tokens))
+    fixed += constant
+    layers = int(text.num_hidden_layers)
     recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
     taken = recomputed if config.gradient_checkpointing else each
     typical = pack_all(rows[: per_step * PROBES], max_tokens=scorer.packed_tokens, share=scorer.shares)
@@ -182,7 +188,7 @@ def measure(
     batches = ((batches if fit else [little]) * PROBES)[:PROBES]
     with scorer.probing(batches):
         if fit and not config.gradient_checkpointing:
-            taken = _kept_bytes(scorer, batches[0]) / batches[0].row_tokens
+            taken = (_kept_bytes(scorer, batches[0]) - constant) / batches[0].row_tokens
         seconds = [_time_step(scorer, batch) for batch in batches]
 
     rate = sum(batch.tokens for batch in batches[1:]) / sum(seconds[1:])
@@ -197,9 +203,10 @@ def measure(
     return Forecast(steps, rate, total_s, largest, taken, recomputed, fixed, free, disk, one)
 
 
-def _last_tokens(row: Encoded) -> Encoded:
-    """Return at most FEW tokens of a row, up to its last supervised one."""
-    part = slice(max(0, read_tokens(row) + 1 - FEW), read_tokens(row) + 1)
+def _last_tokens(row: Encoded, count: int) -> Encoded:
+    """Return at most `count` tokens of a row, two at least, up to its last supervised one."""
+    end = read_tokens(row) + 1
+    part = slice(max(0, end - count), end)
     return Encoded(row.ids[part], row.supervised[part])
 
 

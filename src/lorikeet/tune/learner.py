@@ -51,6 +51,9 @@ class Learner:
         model = apply_lora(load_base(base_folder, dtype, device, in_4bit=config.load_in_4bit), config)
         parameters = trained_parameters(model)
         keeps_start = config.init_lora_weights == "pissa"
+        scorer = Scorer.build(model, config, dtype=dtype)
+        if device.type == "cuda" and not scorer.fast:  # an unknown model may need what a GPU can only sum in any order
+            torch.use_deterministic_algorithms(True, warn_only=True)
         return cls(
             config,
             model,
@@ -58,7 +61,7 @@ class Learner:
             {name: p.detach().clone() for name, p in parameters.items()} if keeps_start else None,
             make_optimizer(parameters, config),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            Scorer.build(model, config, dtype=dtype),
+            scorer,
             device,
             dtype,
         )
@@ -105,5 +108,7 @@ def _compute_repeatably(device: torch.device) -> None:
     """Let a GPU add up in the same order every time, as a CPU does; must come before its first product."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(
+            True
+        )  # with warn_only=True FlashAttention's backward pass would stay as it is
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module of its own kind

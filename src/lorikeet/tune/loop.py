@@ -330,7 +330,9 @@ def _with_remedies(run: RunFolder) -> Iterator[None]:
 def _restore(run: RunFolder, learner: Learner, prepared: Prepared, newest: Path) -> checkpoint.State:
     """Return the state of the checkpoint `newest`, from which the learner goes on."""
     state = checkpoint.restore(newest, learner.parameters, learner.optimizer, learner.scaler)
+    began = time.monotonic()
     _compile_again(run, learner, prepared)
+    state = replace(state, elapsed_s=state.elapsed_s + time.monotonic() - began)
     _keep_metrics_until(run, state.step)
     say(f"going on from step {state.step} of {state.total_steps}")
     return state
@@ -349,24 +351,25 @@ def _first_state(run: RunFolder, learner: Learner, prepared: Prepared, validatio
     forecast = measure(learner.scorer, prepared.train, config, steps=total, validation_tokens=validation_tokens)
     say(forecast.sentence(config))
     forecast.require(config, run.root)
-    if "compiled" in run.manifest():  # it was stopped before its first checkpoint
-        _compile_again(run, learner, prepared)
+    began = time.monotonic()
+    if "compiled" in run.manifest():  # it was stopped before its first checkpoint: what was decided stands
+        compiled = _compile_again(run, learner, prepared)
     else:
         compiled = _pays(config, forecast) and _compile(learner, prepared)
-        run.update(
-            compiled=compiled,
-            native=learner.scorer.native,
-            forecast=asdict(forecast),
-            dtype=learner.precision,
-            device=learner.device.type,
-            plain=learner.scorer.plain,
-        )
+    run.update(
+        compiled=compiled,
+        native=learner.scorer.native,
+        forecast=asdict(forecast),
+        dtype=learner.precision,
+        device=learner.device.type,
+        plain=learner.scorer.plain,
+    )
     _keep_metrics_until(run, -1)
     state = checkpoint.State(0, total, 0, float("inf"), elapsed_s=0.0, validation_s=0.0, tokens=0)
     before = time.monotonic()
     state, _ = _validate(run, state, learner, validation)
-    spent = time.monotonic() - before
-    state = replace(state, elapsed_s=spent, validation_s=spent)
+    now = time.monotonic()
+    state = replace(state, elapsed_s=now - began, validation_s=now - before)
     checkpoint.save(run, state, learner.parameters, learner.optimizer, learner.scaler)
     return state
 
@@ -468,17 +471,18 @@ def _compile(learner: Learner, prepared: Prepared) -> bool:
     return not why_not
 
 
-def _compile_again(run: RunFolder, learner: Learner, prepared: Prepared) -> None:
-    """Compile what the run was started with compiled, and say so where that cannot be."""
+def _compile_again(run: RunFolder, learner: Learner, prepared: Prepared) -> bool:
+    """Compile what the run was started with compiled; return whether it is, and say so where that cannot be."""
     manifest, scorer = run.manifest(), learner.scorer
     if not manifest.get("compiled"):
-        return
+        return False
     why_not = scorer.compile(_compiled_for(learner, prepared), native=manifest["native"])
     if why_not or scorer.native != manifest["native"]:
         say(
-            f"what was compiled before is not: {why_not or scorer.plain[-1]}; from here on the run is slower, and not bit "
-            "for bit what it would have been"
+            f"what was compiled before is not: {why_not or 'attention'}; from here on the run is slower, and not bit for bit "
+            "what it would have been"
         )
+    return not why_not
 
 
 def _compiled_for(learner: Learner, prepared: Prepared) -> Batch:

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import optuna
 
-from lorikeet.config import TuneConfig, check_tune
-from lorikeet.errors import InputError, Interrupted
+from lorikeet.config import TuneConfig, check_tune, tune_types
+from lorikeet.errors import InputError, Interrupted, MachineError
 from lorikeet.files import alone, atomic_file, write_atomic
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop
@@ -30,6 +30,7 @@ from lorikeet.tune.forecast import TooLargeError
 from lorikeet.tune.plot import plot_sweep
 from lorikeet.tune.progress import say
 from lorikeet.tune.stop import stoppable
+from lorikeet.tune.track import require_trackers
 
 SWEEP = "sweep.json"
 
@@ -64,6 +65,8 @@ class Trial:
     seconds: float
     why: str
     """Why it has no loss; '' if it has."""
+    too_large: bool = False
+    """Whether that is because it does not fit into memory."""
 
 
 def parse_space(specs: Sequence[str]) -> Space:
@@ -72,7 +75,7 @@ def parse_space(specs: Sequence[str]) -> Space:
     Raises InputError for a field that there is not, is given twice or makes runs incomparable, for values of another type,
     and for more combinations than a small sweep has.
     """
-    kinds = get_type_hints(TuneConfig)
+    kinds = tune_types()
     space: Space = {}
     for spec in specs:
         name, equals, values = spec.partition("=")
@@ -114,6 +117,7 @@ def sweep(config: TuneConfig, specs: Sequence[str], *, trials: int, out: Path) -
     2011) from those before, none twice. Raises InputError for settings that cannot be tuned.
     """
     space = parse_space(specs)
+    require_trackers(config.track)
     for values in _combinations(space):
         check_tune(replace(config, **values))
     RunFolder.require_free(out)
@@ -201,7 +205,7 @@ def _run_trial(config: TuneConfig, root: Path, values: dict[str, Any]) -> Trial:
             shutil.rmtree(root, ignore_errors=True)
             run = loop.tune(config, out=root)
     except (loop.DivergedError, TooLargeError) as error:
-        return Trial(values, None, 0, 0.0, str(error))
+        return Trial(values, None, 0, 0.0, str(error), too_large=isinstance(error, TooLargeError))
     tuned = run.manifest()["tuned"]
     return Trial(values, tuned["best_val_loss"], tuned["best_step"], tuned["elapsed_s"], "")
 
@@ -210,7 +214,8 @@ def _report(out: Path, done: Sequence[Trial]) -> Path:
     """Print the table, write the plot, and return the best trial's folder."""
     good = [(trial.loss, number) for number, trial in enumerate(done) if trial.loss is not None]
     if not good:
-        raise InputError(f"no trial of {out} gave a loss: {done[0].why}")
+        fault = MachineError if all(trial.too_large for trial in done) else InputError
+        raise fault(f"no trial of {out} gave a loss: {done[0].why}")
     best = min(good)[1]
     for line in table(done, best=best):
         print(line)
