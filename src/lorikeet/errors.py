@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
 NO_MEMORY = (
     "DefaultCPUAllocator",
@@ -39,16 +40,24 @@ def printable(text: str) -> str:
     return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error`, the one that it was raised from or while handling, the one that that was, and so on, each once."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        yield link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error`, or one that it was raised from, means that memory ran out."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
-            return True
-        if isinstance(seen, RuntimeError | ImportError | SystemError) and any(text in str(seen) for text in NO_MEMORY):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(
+        isinstance(seen, MemoryError)
+        or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM)
+        or (isinstance(seen, RuntimeError | ImportError | SystemError) and any(text in str(seen) for text in NO_MEMORY))
+        for seen in causes(error)
+    )
 
 
 class LorikeetError(Exception):

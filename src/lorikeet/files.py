@@ -26,6 +26,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 NO_SUCH_PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
+_LEFTOVER = re.compile(r"\.[a-z]+\.lock|\..+\.\d+\.part")
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust (safetensors, tokenizers) tell in the text of their own exceptions what the system said."""
 
@@ -156,6 +158,11 @@ def write_changed(path: Path, text: str) -> None:
     """Write `text` like `write_atomic`, but leave a file alone that holds it already."""
     if not path.is_file() or path.read_bytes() != text.encode():
         write_atomic(path, text)
+
+
+def is_leftover(path: Path) -> bool:
+    """Say whether `path` is named as `alone` names its lock, or as what is written beside a file or folder."""
+    return bool(_LEFTOVER.fullmatch(path.name))
 
 
 def remove_leftovers(folder: Path, *, of: str = "*") -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.errors import InputError, MachineError
-from lorikeet.files import sha256_tree, write_atomic, writing
+from lorikeet.files import is_leftover, sha256_tree, write_atomic, writing
 
 NO_LIMIT_BYTES = 1 << 62
 
 LIBRARIES_ADDRESS_BYTES = 2_000_000_000
 """Addresses that torch, transformers and numba take with a model of no size; what they hold in memory is a quarter of it."""
-
-LEFTOVER = re.compile(r"\.[a-z]+\.lock|\..+\.\d+\.part")
-"""What `files.alone`, and a killed `files.atomic_folder` or `atomic_file`, leave in a folder."""
 
 VERSIONED = ("lorikeet", "torch", "transformers", "peft", "tokenizers", "gguf", "xllamacpp", "numpy")
 
@@ -154,7 +150,7 @@ class RunFolder:
     def require_free(cls, root: Path) -> None:
         """Raise InputError if `root` cannot be a new run: it is a file, or a folder that holds more than a lock or leftovers."""
         with writing(root):
-            held = root.is_dir() and any(not LEFTOVER.fullmatch(path.name) for path in root.iterdir())
+            held = root.is_dir() and any(not is_leftover(path) for path in root.iterdir())
             if held or (root.exists() and not root.is_dir()):
                 raise InputError(
                     f"{root} is there already; name another folder with --out, or go on with: lorikeet tune --resume {root}"

@@ -49,6 +49,14 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[in
     return torch.cat(parts, dim=1)
 
 
+def compiler(folder: Path, script: str) -> Path:
+    """Write a program that is called as a C++ compiler is."""
+    path = folder / "c++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture(scope="module")
 def built() -> None:
     if sys.platform != "linux" or not shutil.which("g++"):
@@ -147,14 +155,12 @@ def test_a_schedule_holds_each_block_once_and_keeps_threads_busy() -> None:
 def test_attention_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "is_loaded", lambda: False)
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'attention.cpp:1: error: omp.h is not here' >&2\nexit 1\n")
-    broken.chmod(0o755)
+    broken = compiler(tmp_path, "echo 'attention.cpp:1: error: omp.h is not here' >&2; exit 1")
     assert load_attention(str(broken)) == "attention.cpp:1: error: omp.h is not here"
     assert "c++" in load_attention("/nowhere/c++")
-    broken.write_text("#!/bin/sh\nprintf '\\377 nothing said\n' >&2\nexit 1\n")
+    compiler(tmp_path, "printf '\\377 nothing said\n' >&2; exit 1")
     assert load_attention(str(broken)).endswith("nothing said")
-    broken.write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho no library > $2\n")
+    compiler(tmp_path, "while [ $1 != -o ]; do shift; done; echo no library > $2")
     assert "too short" in load_attention(str(broken))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".part", ".so"}]
 
@@ -403,9 +409,7 @@ def test_a_compiler_that_fails_leaves_the_blocks_as_they_are_and_why_is_said(
 ) -> None:
     if fast._no_compiler(CPU):
         pytest.skip("there is no compiler here that could fail")
-    broken = tmp_path / "broken-c++"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exec g++ "$@";; esac\necho "{said}" >&2\nexit 1\n')
-    broken.chmod(0o755)
+    broken = compiler(tmp_path, f'case "$*" in *--version*) exec g++ "$@";; esac; echo "{said}" >&2; exit 1')
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     config = TuneConfig(lora_dropout=0.5)
@@ -430,10 +434,7 @@ def test_attention_that_cannot_be_built_is_said(
     """Whether another test of this process has built it or not."""
     if sys.platform != "linux":
         pytest.skip("attention is built on Linux alone")
-    broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho error: no space left >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, "echo error: no space left >&2; exit 1")))
     monkeypatch.setattr(native, "is_loaded", lambda: built_already)
     config = TuneConfig()
     model = apply_lora(load_base(tiny_model, torch.float32, CPU), config)

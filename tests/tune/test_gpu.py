@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import Interrupted
 from lorikeet.messages import Conversation, Message
 from lorikeet.tune import forecast, loop
 from lorikeet.tune.adapter import apply_lora, load_base, trained_parameters
@@ -20,6 +19,7 @@ from lorikeet.tune.fast import Scorer
 from lorikeet.tune.learner import Learner
 
 from ..conftest import make_conversations, make_model, write_jsonl
+from .interrupted import tune_interrupted
 from .test_fast import awaken, gradients, rows_of
 
 pytestmark = [
@@ -89,17 +89,7 @@ def test_an_interrupted_run_gives_the_adapter_of_the_uninterrupted_one(
 ) -> None:
     config = replace(config, **change)
     whole = loop.tune(config, out=tmp_path / "whole")
-    append = loop.RunFolder.append_metrics
-
-    def interrupted(run: Any, row: dict[str, Any]) -> None:
-        append(run, row)
-        if row["step"] == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.RunFolder, "append_metrics", interrupted)
-        with pytest.raises(Interrupted):
-            loop.tune(config, out=tmp_path / "broken")
+    tune_interrupted(config, tmp_path / "broken", monkeypatch, at_step=3)
     resumed = loop.resume(tmp_path / "broken")
     name = "adapter/adapter_model.safetensors"
     assert (whole.root / name).read_bytes() == (resumed.root / name).read_bytes()

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet.config import ExportConfig, TuneConfig
 from lorikeet.data.encode import encode_all
-from lorikeet.errors import InputError, Interrupted
+from lorikeet.errors import InputError
 from lorikeet.export.stage import export
 from lorikeet.prompt import PromptFormat
 from lorikeet.tune import loop
 from lorikeet.tune.fast import Scorer
 
 from ..conftest import make_conversations
+from .interrupted import tune_interrupted
 
 
 @pytest.fixture
@@ -99,17 +100,7 @@ def test_b_learns_faster_with_lora_plus(config: TuneConfig) -> None:
 def test_eight_bit_moments_resume_bit_for_bit(config: TuneConfig, tmp_path: Path, monkeypatch: Any, rank: int) -> None:
     config = replace(config, optim="adamw_8bit", save_steps=2, lora_r=rank)
     whole = loop.tune(config, out=tmp_path / "whole")
-    append = loop.RunFolder.append_metrics
-
-    def interrupted(run: Any, row: dict[str, Any]) -> None:
-        append(run, row)
-        if row["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.RunFolder, "append_metrics", interrupted)
-    with pytest.raises(Interrupted, match="go on with: lorikeet tune --resume"):
-        loop.tune(config, out=tmp_path / "broken")
-    monkeypatch.setattr(loop.RunFolder, "append_metrics", append)
+    tune_interrupted(config, tmp_path / "broken", monkeypatch, at_step=3)
     resumed = loop.resume(tmp_path / "broken")
     name = "adapter/adapter_model.safetensors"
     assert (whole.root / name).read_bytes() == (resumed.root / name).read_bytes()

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import Interrupted
 from lorikeet.run import RunFolder
 from lorikeet.tune import loop, track
 from lorikeet.tune.live import draw_line
+
+from .interrupted import tune_interrupted
 
 SCRIPT = """
 import json, socket, sys
@@ -131,17 +132,7 @@ def test_resumed_tracking_has_each_step_once(config: TuneConfig, tmp_path: Path,
     from dataclasses import replace
 
     config = replace(config, track=("tensorboard",), max_steps=6, eval_steps=3, save_steps=2)
-    append = RunFolder.append_metrics
-
-    def interrupted(run: RunFolder, row: dict[str, Any]) -> None:
-        append(run, row)
-        if row["step"] == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "append_metrics", interrupted)
-    with pytest.raises(Interrupted):
-        loop.tune(config, out=tmp_path / "run")
-    monkeypatch.setattr(RunFolder, "append_metrics", append)
+    tune_interrupted(config, tmp_path / "run", monkeypatch, at_step=5)
     run = loop.resume(tmp_path / "run")
     board = scalars(run.root / "track" / "tensorboard")
     assert board["loss"] == pytest.approx({row["step"]: row["loss"] for row in run.metrics() if row["step"]}, rel=1e-6)

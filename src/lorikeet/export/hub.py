@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorikeet.card import card, public_base
-from lorikeet.errors import HubError, InputError, LorikeetError
+from lorikeet.errors import HubError, InputError, LorikeetError, causes
 from lorikeet.export.modelfile import NAME as MODELFILE
 from lorikeet.export.modelfile import parse, repository_files
 from lorikeet.files import sha256_file
@@ -244,9 +244,7 @@ def _hide_signatures(record: logging.LogRecord) -> bool:
 
 def _explained(error: Exception, repo: str, endpoint: str) -> LorikeetError | None:
     """Return what a person can do about an error of the hub's client; None if it is another's."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    chain = list(causes(error))
     for link in chain:
         if isinstance(link, LorikeetError):
             return link

@@ -27,10 +27,11 @@ from torch.nn import functional
 from torch.utils._triton import has_triton
 
 from lorikeet.config import TuneConfig
-from lorikeet.errors import is_out_of_memory
+from lorikeet.errors import causes, is_out_of_memory
+from lorikeet.prompt import Encoded
 from lorikeet.tune.adapter import trained_parameters
 from lorikeet.tune.attention import Spans, use_document_attention, weights_kept, why_no_flash
-from lorikeet.tune.batches import Batch
+from lorikeet.tune.batches import Batch, pack_all
 from lorikeet.tune.linear import Masks, fuse_linears
 from lorikeet.tune.loss import chunked_loss
 from lorikeet.tune.native import load_attention
@@ -104,9 +105,7 @@ def _no_compiler(device: torch.device) -> str:
 
 
 def _why_no_flash(base: Any, dtype: torch.dtype) -> str:
-    """Return why attention on the GPU that the model `base` is on is not FlashAttention; '' if it is, or on a CPU."""
-    if base.device.type != "cuda":
-        return ""
+    """Return why attention on the GPU that the model `base` is on is not FlashAttention; '' if it is."""
     text = base.config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -126,12 +125,7 @@ def _reason(error: BaseException) -> str:
 
 def _is_compilers(error: BaseException) -> bool:
     """Say whether a compiler failed, a process of its own whose lack of memory is not this one's."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, subprocess.SubprocessError) or "CppCompileError" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(isinstance(seen, subprocess.SubprocessError) or "CppCompileError" in str(seen) for seen in causes(error))
 
 
 @dataclass
@@ -164,11 +158,13 @@ class Scorer:
         kind = str(base.config.model_type)
         plain: list[str] = []
         fast = kind in FAMILIES
+        flash = fast and base.device.type == "cuda"
         if fast:
             use_document_attention(base)
             shorten_last_block(base.get_decoder().layers[-1])
-            why_not = _why_no_flash(base, dtype)
-            plain += [f"attention: {why_not}"] if why_not else []
+            if flash and (why_not := _why_no_flash(base, dtype)):
+                flash = False
+                plain.append(f"attention: {why_not}")
         else:
             plain.append(f"attention, LoRA and loss: {kind} is not one of {', '.join(FAMILIES)}")
         masks = None
@@ -176,13 +172,16 @@ class Scorer:
             masks = fuse_linears(model)
         elif fast:
             plain.append(f"LoRA: {'DoRA' if config.use_dora else 'a 4-bit base'} has layers of its own")
-        flash = fast and not why_not and base.device.type == "cuda"
         return cls(model, dtype, fast, masks, config.max_length if fast else 0, flash=flash, plain=plain)
 
     @property
     def shares(self) -> bool:
         """Whether what all conversations of a micro-batch start with may stand in it once."""
         return self.fast and not self.flash
+
+    def pack(self, rows: Sequence[Encoded]) -> list[Batch]:
+        """Return the rows in micro-batches as this path takes them."""
+        return pack_all(rows, max_tokens=self.packed_tokens, share=self.shares)
 
     def compile(self, batch: Batch, *, native: bool = True) -> str:
         """Compile the decoder's blocks and, if `native`, attention, now, for micro-batches such as `batch`; return ''.

@@ -23,7 +23,7 @@ from lorikeet.prompt import Encoded
 from lorikeet.run import free_bytes, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import trained_parameters
-from lorikeet.tune.batches import Batch, pack, pack_all, read_tokens
+from lorikeet.tune.batches import Batch, pack, read_tokens
 from lorikeet.tune.fast import Scorer
 from lorikeet.tune.loss import working_bytes
 
@@ -175,9 +175,8 @@ def measure(
     fixed += BESIDES if device.type == "cpu" else 0
     free = held + available_bytes(device)
 
-    little, half = (
-        pack([_last_tokens(max(rows, key=lambda row: len(row.ids)), count)]).to(device) for count in (FEW, FEW // 2)
-    )
+    longest = max(rows, key=lambda row: len(row.ids))
+    little, half = (pack([_last_tokens(longest, count)]).to(device) for count in (FEW, FEW // 2))
     with scorer.probing([little]), _without_checkpointing(scorer.model):
         kept = [_kept_bytes(scorer, batch) for batch in (little, half)]
     more = little.row_tokens - half.row_tokens
@@ -187,7 +186,7 @@ def measure(
     layers = int(text.num_hidden_layers)
     recomputed = layers * text.hidden_size * scorer.dtype.itemsize + each / layers
     taken = recomputed if config.gradient_checkpointing else each
-    typical = pack_all(rows[: per_step * PROBES], max_tokens=scorer.packed_tokens, share=scorer.shares)
+    typical = scorer.pack(rows[: per_step * PROBES])
     batches = [batch.to(device) for batch in typical[len(typical) // 2 :][:PROBES]]
     fit = fixed + MARGIN * taken * max(batch.row_tokens for batch in batches) <= free
     batches = ((batches if fit else [little]) * PROBES)[:PROBES]

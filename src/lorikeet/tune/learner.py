@@ -108,7 +108,6 @@ def _compute_repeatably(device: torch.device) -> None:
     """Let a GPU add up in the same order every time, as a CPU does; must come before its first product."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(
-            True
-        )  # with warn_only=True FlashAttention's backward pass would stay as it is
+        # With warn_only=True the backward pass of FlashAttention would stay as it is.
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module of its own kind

@@ -43,7 +43,7 @@ from lorikeet.prompt import Encoded, PromptFormat, freeze_dates
 from lorikeet.run import RunFolder, resident_bytes
 from lorikeet.tune import checkpoint
 from lorikeet.tune.adapter import save_adapter
-from lorikeet.tune.batches import Batch, count_steps, pack_all, steps
+from lorikeet.tune.batches import Batch, count_steps, steps
 from lorikeet.tune.forecast import Forecast, measure
 from lorikeet.tune.learner import Learner
 from lorikeet.tune.plot import plot_loss
@@ -303,7 +303,7 @@ def _loop(run: RunFolder, config: TuneConfig, prepared: Prepared) -> RunFolder:
             f"{sum(p.numel() for p in learner.parameters.values()) / 1e6:.1f} M trained parameters"
         )
         _say_plain(learner.scorer.plain)
-        validation = pack_all(prepared.validation, max_tokens=learner.scorer.packed_tokens, share=learner.scorer.shares)
+        validation = learner.scorer.pack(prepared.validation)
         newest = checkpoint.latest(run)
         state = _restore(run, learner, prepared, newest) if newest else _first_state(run, learner, prepared, validation)
         trackers = Trackers.open(run, config, first_step=state.step)
@@ -487,8 +487,7 @@ def _compile_again(run: RunFolder, learner: Learner, prepared: Prepared) -> bool
 
 def _compiled_for(learner: Learner, prepared: Prepared) -> Batch:
     """Return the micro-batch that blocks are compiled with: always the same one of a run, since the code depends on it."""
-    rows = prepared.train[: _per_step(learner.config)]
-    return pack_all(rows, max_tokens=learner.scorer.packed_tokens, share=learner.scorer.shares)[-1]
+    return learner.scorer.pack(prepared.train[: _per_step(learner.config)])[-1]
 
 
 def _say_plain(reasons: Sequence[str]) -> None:
